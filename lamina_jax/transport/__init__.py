@@ -1,0 +1,32 @@
+"""Channels between workers, and the XLA operations that send and receive through them."""
+
+from lamina_jax.transport.base import (
+    Channel,
+    ChannelAddress,
+    ChannelError,
+    MessageSpec,
+    Role,
+    Tag,
+    attach,
+    channel_class,
+    channel_kinds,
+)
+from lamina_jax.transport.ops import Stamp, make_stamp, recv, send
+from lamina_jax.transport.shm import ShmChannel
+
+__all__ = [
+    "Channel",
+    "ChannelAddress",
+    "ChannelError",
+    "MessageSpec",
+    "Role",
+    "ShmChannel",
+    "Stamp",
+    "Tag",
+    "attach",
+    "channel_class",
+    "channel_kinds",
+    "make_stamp",
+    "recv",
+    "send",
+]

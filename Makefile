@@ -1,0 +1,43 @@
+# Everything happens in .venv, with exactly the versions of constraints.txt.
+VENV := .venv
+BIN := $(VENV)/bin
+# pyenv picks the version in .python-version for a bare `python`; elsewhere python3.12 is what distributions call it.
+PYTHON ?= $(shell command -v python3.12 || echo python3.12)
+INSTALLED := $(VENV)/.installed
+TINY := checkpoints/tiny
+
+.PHONY: run test lint bench format clean
+
+run: $(TINY)/config.json
+	$(BIN)/python scripts/generate.py --model=$(TINY) --num_attention_workers=2 --dtype=float32 --max_tokens=48 \
+		--prompt="The " --prompt="If the file " --prompt="A class "
+
+test: $(INSTALLED) lint
+	$(BIN)/python -m pytest -q
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/channel_latency.py
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build checkpoints
+
+$(TINY)/config.json: $(INSTALLED)
+	$(BIN)/python scripts/make_tiny_checkpoint.py --output=$(TINY) --train_seconds=60
+
+# The custom calls are compiled here, so a change of theirs installs again.
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard custom_calls/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt jax jaxlib
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation --editable .
+	touch $@

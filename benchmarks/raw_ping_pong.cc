@@ -1,0 +1,85 @@
+// The floor for channel_latency.py: two processes pass messages through two rings laid out as in message.h and do
+// nothing but copy the payload in, publish, poll and copy it out. No waiting flag, no sleeping, no checks.
+//
+// usage: raw_ping_pong PAYLOAD_BYTES NUM_SLOTS ROUNDS      prints nanoseconds per round trip
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "message.h"
+
+namespace {
+
+using lamina::MessageHeader;
+using lamina::RingHeader;
+
+struct Ring {
+  RingHeader* header;
+  char* slots;
+  std::uint64_t num_slots;
+  std::uint64_t slot_bytes;
+
+  char* Slot(std::uint64_t sequence) const {
+    return slots + sequence % num_slots * lamina::SlotStride(slot_bytes);
+  }
+};
+
+Ring MakeRing(std::uint64_t num_slots, std::uint64_t slot_bytes) {
+  void* memory = mmap(nullptr, lamina::RingBytes(num_slots, slot_bytes), PROT_READ | PROT_WRITE,
+                      MAP_SHARED | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+  if (memory == MAP_FAILED) std::abort();
+  auto* header = new (memory) RingHeader{};
+  return {header, static_cast<char*>(memory) + sizeof(RingHeader), num_slots, slot_bytes};
+}
+
+void Send(const Ring& ring, std::uint64_t sequence, const std::vector<char>& payload) {
+  while (sequence - ring.header->read_seq.load(std::memory_order_acquire) >= ring.num_slots) __builtin_ia32_pause();
+  char* slot = ring.Slot(sequence);
+  reinterpret_cast<MessageHeader*>(slot)->sequence = sequence;
+  std::memcpy(slot + sizeof(MessageHeader), payload.data(), payload.size());
+  ring.header->write_seq.store(sequence + 1, std::memory_order_release);
+}
+
+void Recv(const Ring& ring, std::uint64_t sequence, std::vector<char>& payload) {
+  while (ring.header->write_seq.load(std::memory_order_acquire) <= sequence) __builtin_ia32_pause();
+  std::memcpy(payload.data(), ring.Slot(sequence) + sizeof(MessageHeader), payload.size());
+  ring.header->read_seq.store(sequence + 1, std::memory_order_release);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 4) return 2;
+  const std::uint64_t bytes = std::strtoull(argv[1], nullptr, 10);
+  const std::uint64_t num_slots = std::strtoull(argv[2], nullptr, 10);
+  const std::uint64_t rounds = std::strtoull(argv[3], nullptr, 10);
+  const Ring there = MakeRing(num_slots, lamina::AlignToLine(bytes));
+  const Ring back = MakeRing(num_slots, lamina::AlignToLine(bytes));
+  std::vector<char> payload(bytes, 1);
+  const std::uint64_t warm_up = rounds / 10 + 10;
+
+  const pid_t child = fork();
+  if (child == 0) {
+    for (std::uint64_t i = 0; i < warm_up + rounds; ++i) {
+      Recv(there, i, payload);
+      Send(back, i, payload);
+    }
+    _exit(0);
+  }
+  auto start = std::chrono::steady_clock::now();
+  for (std::uint64_t i = 0; i < warm_up + rounds; ++i) {
+    if (i == warm_up) start = std::chrono::steady_clock::now();
+    Send(there, i, payload);
+    Recv(back, i, payload);
+  }
+  const std::chrono::duration<double, std::nano> spent = std::chrono::steady_clock::now() - start;
+  waitpid(child, nullptr, 0);
+  std::printf("%.1f\n", spent.count() / static_cast<double>(rounds));
+}

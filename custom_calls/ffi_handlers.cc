@@ -1,0 +1,121 @@
+#include "ffi_handlers.h"
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <string>
+
+#include "registry.h"
+#include "shm_channel.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace lamina {
+namespace {
+
+namespace ffi = xla::ffi;
+
+using Stamp = ffi::BufferR1<ffi::S32>;  // [step, layer]
+
+ffi::Error ToError(Status status) {
+  switch (status.code) {
+    case Code::kOk:
+      return ffi::Error::Success();
+    case Code::kUnavailable:
+      return ffi::Error(ffi::ErrorCode::kUnavailable, std::move(status.text));
+    case Code::kDeadlineExceeded:
+      return ffi::Error(ffi::ErrorCode::kDeadlineExceeded, std::move(status.text));
+    case Code::kAborted:
+      return ffi::Error(ffi::ErrorCode::kAborted, std::move(status.text));
+    case Code::kFailedPrecondition:
+      return ffi::Error(ffi::ErrorCode::kFailedPrecondition, std::move(status.text));
+  }
+  return ffi::Error::Internal(std::move(status.text));
+}
+
+ffi::Error NoChannel(const char* operation, std::int64_t id) {
+  return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
+                    std::string(operation) + " failed: channel " + std::to_string(id) + " is closed");
+}
+
+ffi::AnyBuffer At(const ffi::RemainingArgs& tensors, std::size_t i) { return *tensors.get<ffi::AnyBuffer>(i); }
+ffi::AnyBuffer At(const ffi::RemainingRets& tensors, std::size_t i) { return **tensors.get<ffi::AnyBuffer>(i); }
+
+template <typename Tensors>
+MessageHeader Describe(std::int32_t tag, const Stamp& stamp, const Tensors& tensors) {
+  MessageHeader message;
+  message.tag = tag;
+  message.step = stamp.typed_data()[0];
+  message.layer = stamp.typed_data()[1];
+  message.num_tensors = static_cast<std::uint32_t>(tensors.size());
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const ffi::AnyBuffer tensor = At(tensors, i);
+    const std::uint64_t bytes = tensor.size_bytes();
+    message.payload_bytes += AlignToLine(bytes);
+    message.layout = LayoutOf(message.layout, static_cast<std::uint64_t>(tensor.element_type()), bytes);
+  }
+  return message;
+}
+
+// An empty tensor may have no address, which memcpy would not allow.
+void Copy(void* to, const void* from, std::size_t bytes) {
+  if (bytes != 0) std::memcpy(to, from, bytes);
+}
+
+void CopyStamp(const Stamp& from, ffi::Result<Stamp>& to) {
+  std::memcpy(to->typed_data(), from.typed_data(), 2 * sizeof(std::int32_t));
+}
+
+ffi::Error Send(std::int64_t id, std::int32_t tag, Stamp stamp, ffi::RemainingArgs tensors,
+                ffi::Result<Stamp> stamp_out) {
+  const std::shared_ptr<ShmChannel> channel = FindChannel(id);
+  if (channel == nullptr) return NoChannel("send", id);
+  char* payload = nullptr;
+  if (Status status = channel->Reserve(Describe(tag, stamp, tensors), &payload); !status.ok()) {
+    return ToError(std::move(status));
+  }
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const ffi::AnyBuffer tensor = At(tensors, i);
+    Copy(payload, tensor.untyped_data(), tensor.size_bytes());
+    payload += AlignToLine(tensor.size_bytes());
+  }
+  channel->Publish();
+  CopyStamp(stamp, stamp_out);
+  return ffi::Error::Success();
+}
+
+ffi::Error Recv(std::int64_t id, std::int32_t tag, Stamp stamp, ffi::Result<Stamp> stamp_out,
+                ffi::RemainingRets tensors) {
+  const std::shared_ptr<ShmChannel> channel = FindChannel(id);
+  if (channel == nullptr) return NoChannel("recv", id);
+  const char* payload = nullptr;
+  if (Status status = channel->Peek(Describe(tag, stamp, tensors), &payload); !status.ok()) {
+    return ToError(std::move(status));
+  }
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const ffi::AnyBuffer tensor = At(tensors, i);
+    Copy(tensor.untyped_data(), payload, tensor.size_bytes());
+    payload += AlignToLine(tensor.size_bytes());
+  }
+  channel->Release();
+  CopyStamp(stamp, stamp_out);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace lamina
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LaminaSend, lamina::Send,
+                              xla::ffi::Ffi::Bind()
+                                  .Attr<std::int64_t>("channel")
+                                  .Attr<std::int32_t>("tag")
+                                  .Arg<lamina::Stamp>()
+                                  .RemainingArgs()
+                                  .Ret<lamina::Stamp>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LaminaRecv, lamina::Recv,
+                              xla::ffi::Ffi::Bind()
+                                  .Attr<std::int64_t>("channel")
+                                  .Attr<std::int32_t>("tag")
+                                  .Arg<lamina::Stamp>()
+                                  .Ret<lamina::Stamp>()
+                                  .RemainingRets());

@@ -1,0 +1,9 @@
+// The XLA custom calls on the CPU: see ops.py for their operands and results.
+#pragma once
+
+#include "xla/ffi/api/c_api.h"
+
+extern "C" {
+XLA_FFI_Error* LaminaSend(XLA_FFI_CallFrame* frame);
+XLA_FFI_Error* LaminaRecv(XLA_FFI_CallFrame* frame);
+}

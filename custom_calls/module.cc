@@ -1,0 +1,135 @@
+// The Python module lamina_jax._custom_calls: channels as objects, custom call handlers as capsules.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
+
+#include <cerrno>
+#include <memory>
+#include <string>
+#include <system_error>
+
+#include "ffi_handlers.h"
+#include "registry.h"
+#include "shm_channel.h"
+
+namespace nb = nanobind;
+
+namespace lamina {
+namespace {
+
+// What Python holds of a channel: the registry entry, which close() gives up.
+class Handle {
+ public:
+  explicit Handle(std::shared_ptr<ShmChannel> channel) : channel_(std::move(channel)), id_(RegisterChannel(channel_)) {}
+  ~Handle() { Close(); }
+  Handle(const Handle&) = delete;
+  Handle& operator=(const Handle&) = delete;
+
+  std::int64_t id() const { return id_; }
+
+  // A null pointer once closed. Taken under a lock, because abort() and close() may come from two threads.
+  std::shared_ptr<ShmChannel> channel() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return channel_;
+  }
+
+  void Abort() {
+    if (const auto open = channel()) open->Abort();
+  }
+
+  void Close() {
+    std::shared_ptr<ShmChannel> last;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      last = std::move(channel_);
+    }
+    if (last == nullptr) return;
+    failure_ = last->failure();
+    last->Close();
+    UnregisterChannel(id_);
+  }
+
+  std::optional<std::string> failure() const {
+    const auto open = channel();
+    return open ? open->failure() : failure_;
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  std::shared_ptr<ShmChannel> channel_;
+  const std::int64_t id_;
+  std::optional<std::string> failure_;
+};
+
+EndOptions Options(bool writer, std::string peer, double timeout_s, double spin_us) {
+  return {writer ? Role::kWriter : Role::kReader, std::move(peer), timeout_s, spin_us};
+}
+
+std::unique_ptr<Handle> Create(bool writer, std::string peer, std::uint32_t num_slots, std::uint64_t slot_bytes,
+                               double timeout_s, double spin_us) {
+  return std::make_unique<Handle>(
+      ShmChannel::Create(Options(writer, std::move(peer), timeout_s, spin_us), num_slots, slot_bytes));
+}
+
+std::unique_ptr<Handle> Attach(bool writer, std::string peer, const std::string& path, std::uint32_t num_slots,
+                               std::uint64_t slot_bytes, double timeout_s, double spin_us) {
+  return std::make_unique<Handle>(
+      ShmChannel::Attach(Options(writer, std::move(peer), timeout_s, spin_us), path, num_slots, slot_bytes));
+}
+
+std::string Path(const Handle& handle) {
+  const auto open = handle.channel();
+  if (open == nullptr) throw nb::value_error("the channel is closed and has no address any more");
+  return open->path();
+}
+
+std::uint32_t PeerPid(const Handle& handle) {
+  const auto open = handle.channel();
+  return open ? open->peer_pid() : 0;
+}
+
+bool Closed(const Handle& handle) { return handle.channel() == nullptr; }
+
+void TranslateSystemError(const std::exception_ptr& pointer, void*) {
+  try {
+    std::rethrow_exception(pointer);
+  } catch (const std::system_error& error) {
+    const nb::object arguments = nb::make_tuple(error.code().value(), error.what());
+    PyErr_SetObject(PyExc_OSError, arguments.ptr());
+  }
+}
+
+template <typename Handler>
+nb::capsule Capsule(Handler* handler) {
+  return nb::capsule(reinterpret_cast<void*>(handler));
+}
+
+}  // namespace
+
+NB_MODULE(_custom_calls, module) {
+  // What a process still holds when it exits is no news to its user.
+  nb::set_leak_warnings(false);
+  nb::register_exception_translator(TranslateSystemError);
+  const nb::call_guard<nb::gil_scoped_release> no_gil;
+
+  nb::class_<Handle>(module, "ShmHandle")
+      .def_static("create", &Create, nb::arg("writer"), nb::arg("peer"), nb::arg("num_slots"), nb::arg("slot_bytes"),
+                  nb::arg("timeout_s"), nb::arg("spin_us"), no_gil)
+      .def_static("attach", &Attach, nb::arg("writer"), nb::arg("peer"), nb::arg("path"), nb::arg("num_slots"),
+                  nb::arg("slot_bytes"), nb::arg("timeout_s"), nb::arg("spin_us"), no_gil)
+      .def("abort", &Handle::Abort, no_gil)
+      .def("close", &Handle::Close, no_gil)
+      .def_prop_ro("id", &Handle::id)
+      .def_prop_ro("path", &Path)
+      .def_prop_ro("peer_pid", &PeerPid)
+      .def_prop_ro("closed", &Closed)
+      .def_prop_ro("failure", &Handle::failure);
+
+  module.def("name_tag", &NameTag, nb::arg("tag"), nb::arg("name"));
+  module.def("align", &AlignToLine, nb::arg("num_bytes"));
+  module.def("send_handler", [] { return Capsule(LaminaSend); });
+  module.def("recv_handler", [] { return Capsule(LaminaRecv); });
+}
+
+}  // namespace lamina

@@ -1,0 +1,381 @@
+#include "shm_channel.h"
+
+#include <fcntl.h>
+#include <linux/futex.h>
+#include <poll.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <climits>
+#include <ctime>
+#include <map>
+#include <new>
+#include <stdexcept>
+#include <system_error>
+
+namespace lamina {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// How often a sleeper looks whether its peer still lives.
+constexpr std::chrono::milliseconds kSlice{100};
+constexpr char kDirectory[] = "/dev/shm";
+
+[[noreturn]] void ThrowErrno(int error, const std::string& what) {
+  throw std::system_error(error, std::generic_category(), what);
+}
+
+void CpuRelax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Not FUTEX_PRIVATE: the word is shared between processes.
+void FutexWait(std::atomic<std::uint32_t>& word, std::uint32_t seen, std::chrono::nanoseconds limit) {
+  const timespec wait{static_cast<time_t>(limit.count() / 1000000000), static_cast<long>(limit.count() % 1000000000)};
+  syscall(SYS_futex, &word, FUTEX_WAIT, seen, &wait, nullptr, 0);
+}
+
+void FutexWake(std::atomic<std::uint32_t>& word) {
+  syscall(SYS_futex, &word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+}
+
+std::chrono::nanoseconds Nanoseconds(double seconds) {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::duration<double>(seconds));
+}
+
+std::mutex tag_mutex;
+
+std::map<std::int32_t, std::string>& TagNames() {
+  static auto* names = new std::map<std::int32_t, std::string>();
+  return *names;
+}
+
+std::string TagName(std::int32_t tag) {
+  const std::lock_guard<std::mutex> lock(tag_mutex);
+  const auto found = TagNames().find(tag);
+  return found == TagNames().end() ? "tag " + std::to_string(tag) : "'" + found->second + "'";
+}
+
+std::string RoleName(Role role) { return role == Role::kWriter ? "writer" : "reader"; }
+
+// O_TMPFILE makes a file that never has a name, so that nothing stays behind however the process ends.
+int OpenUnnamed() {
+  const int fd = open(kDirectory, O_TMPFILE | O_EXCL | O_RDWR | O_CLOEXEC, 0600);
+  if (fd < 0) ThrowErrno(errno, std::string("cannot make a shared memory file in ") + kDirectory);
+  return fd;
+}
+
+// Takes the pages now: a full /dev/shm must be an error here and not SIGBUS at the first message.
+void ReservePages(int fd, std::uint64_t bytes) {
+  int error;
+  do {
+    error = posix_fallocate(fd, 0, static_cast<off_t>(bytes));
+  } while (error == EINTR);
+  if (error == 0) return;
+  close(fd);
+  ThrowErrno(error, "cannot reserve " + std::to_string(bytes) + " bytes of shared memory in " + kDirectory);
+}
+
+std::uint64_t FileBytes(int fd) {
+  struct stat status;
+  return fstat(fd, &status) == 0 ? static_cast<std::uint64_t>(status.st_size) : 0;
+}
+
+void RequireEqual(const char* what, std::uint64_t expected, std::uint64_t got, const std::string& path) {
+  if (expected == got) return;
+  throw std::invalid_argument("the ring at " + path + " has another " + what + ": expected " +
+                              std::to_string(expected) + ", got " + std::to_string(got));
+}
+
+void TakeRole(RingHeader* ring, Role role, const std::string& path) {
+  std::uint32_t owner = 0;
+  const auto pid = static_cast<std::uint32_t>(getpid());
+  if (ring->pids[static_cast<int>(role)].compare_exchange_strong(owner, pid)) return;
+  throw std::invalid_argument("the " + RoleName(role) + " of the ring at " + path + " is already taken: expected no " +
+                              RoleName(role) + ", got process " + std::to_string(owner));
+}
+
+std::string Mismatch(const char* what, std::int64_t expected, std::int64_t got) {
+  return std::string("it is not the message that was expected: expected ") + what + " " + std::to_string(expected) +
+         ", got " + std::to_string(got);
+}
+
+// Empty if `got` is what `expected` describes.
+std::string Difference(const MessageHeader& expected, const MessageHeader& got) {
+  if (got.sequence != expected.sequence) return Mismatch("sequence", expected.sequence, got.sequence);
+  if (got.tag != expected.tag) {
+    return "it is not the message that was expected: expected " + TagName(expected.tag) + ", got " + TagName(got.tag) +
+           " (step " + std::to_string(got.step) + ", layer " + std::to_string(got.layer) + ")";
+  }
+  if (got.step != expected.step) return Mismatch("step", expected.step, got.step);
+  if (got.layer != expected.layer) return Mismatch("layer", expected.layer, got.layer);
+  if (got.num_tensors != expected.num_tensors) return Mismatch("tensor count", expected.num_tensors, got.num_tensors);
+  if (got.payload_bytes != expected.payload_bytes) {
+    return Mismatch("payload bytes", expected.payload_bytes, got.payload_bytes);
+  }
+  if (got.layout != expected.layout) return "its tensors differ in dtype, or in how the bytes are divided among them";
+  return "";
+}
+
+}  // namespace
+
+void NameTag(std::int32_t tag, std::string name) {
+  const std::lock_guard<std::mutex> lock(tag_mutex);
+  TagNames()[tag] = std::move(name);
+}
+
+// MAP_POPULATE: the first messages should not pay for page faults.
+Mapping::Mapping(int fd, std::uint64_t bytes)
+    : fd_(fd),
+      bytes_(bytes),
+      data_(static_cast<char*>(mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0))) {
+  if (data_ != MAP_FAILED) return;
+  const int error = errno;
+  close(fd_);
+  ThrowErrno(error, "cannot map " + std::to_string(bytes) + " bytes of shared memory");
+}
+
+Mapping::~Mapping() {
+  munmap(data_, bytes_);
+  close(fd_);
+}
+
+ShmChannel::ShmChannel(EndOptions options, std::unique_ptr<Mapping> mapping, std::uint32_t num_slots,
+                       std::uint64_t slot_bytes)
+    : options_(std::move(options)),
+      mapping_(std::move(mapping)),
+      ring_(reinterpret_cast<RingHeader*>(mapping_->data())),
+      slots_(mapping_->data() + sizeof(RingHeader)),
+      num_slots_(num_slots),
+      slot_bytes_(slot_bytes) {}
+
+ShmChannel::~ShmChannel() {
+  Close();
+  if (peer_pidfd_ >= 0) close(peer_pidfd_);
+}
+
+std::shared_ptr<ShmChannel> ShmChannel::Create(EndOptions options, std::uint32_t num_slots, std::uint64_t slot_bytes) {
+  slot_bytes = AlignToLine(slot_bytes);
+  const std::uint64_t bytes = RingBytes(num_slots, slot_bytes);
+  const int fd = OpenUnnamed();
+  ReservePages(fd, bytes);
+  auto mapping = std::make_unique<Mapping>(fd, bytes);
+  auto* ring = new (mapping->data()) RingHeader{};
+  ring->version = kRingVersion;
+  ring->num_slots = num_slots;
+  ring->slot_bytes = slot_bytes;
+  ring->magic = kRingMagic;
+  ring->pids[static_cast<int>(options.role)] = static_cast<std::uint32_t>(getpid());
+  return std::shared_ptr<ShmChannel>(new ShmChannel(std::move(options), std::move(mapping), num_slots, slot_bytes));
+}
+
+std::shared_ptr<ShmChannel> ShmChannel::Attach(EndOptions options, const std::string& path, std::uint32_t num_slots,
+                                               std::uint64_t slot_bytes) {
+  const int fd = open(path.c_str(), O_RDWR | O_CLOEXEC);
+  if (fd < 0) ThrowErrno(errno, "cannot open the ring of " + options.peer + " at " + path);
+  const std::uint64_t bytes = RingBytes(num_slots, slot_bytes);
+  if (const std::uint64_t got = FileBytes(fd); got != bytes) {
+    close(fd);
+    RequireEqual("size in bytes", bytes, got, path);
+  }
+  auto mapping = std::make_unique<Mapping>(fd, bytes);
+  auto* ring = reinterpret_cast<RingHeader*>(mapping->data());
+  RequireEqual("magic number", kRingMagic, ring->magic, path);
+  RequireEqual("version", kRingVersion, ring->version, path);
+  RequireEqual("number of slots", num_slots, ring->num_slots, path);
+  RequireEqual("slot size in bytes", slot_bytes, ring->slot_bytes, path);
+  TakeRole(ring, options.role, path);
+  return std::shared_ptr<ShmChannel>(new ShmChannel(std::move(options), std::move(mapping), num_slots, slot_bytes));
+}
+
+Status ShmChannel::Reserve(MessageHeader message, char** payload) {
+  if (Status status = Begin(message); !status.ok()) return status;
+  if (message.payload_bytes > slot_bytes_) {
+    return Fail(message, Code::kFailedPrecondition,
+                "the message has " + std::to_string(message.payload_bytes) + " bytes and a slot of the ring " +
+                    std::to_string(slot_bytes_));
+  }
+  if (Status status = AwaitReady(message); !status.ok()) return status;
+  message.sequence = next_;
+  char* const slot = Slot();
+  *reinterpret_cast<MessageHeader*>(slot) = message;
+  *payload = slot + sizeof(MessageHeader);
+  return {};
+}
+
+void ShmChannel::Publish() { Step(ring_->write_seq); }
+
+Status ShmChannel::Peek(const MessageHeader& expected, const char** payload) {
+  if (Status status = Begin(expected); !status.ok()) return status;
+  if (Status status = AwaitReady(expected); !status.ok()) return status;
+  const char* const slot = Slot();
+  MessageHeader wanted = expected;
+  wanted.sequence = next_;
+  const std::string difference = Difference(wanted, *reinterpret_cast<const MessageHeader*>(slot));
+  if (!difference.empty()) return Fail(expected, Code::kFailedPrecondition, difference);
+  *payload = slot + sizeof(MessageHeader);
+  return {};
+}
+
+void ShmChannel::Release() { Step(ring_->read_seq); }
+
+// seq_cst, so that either the peer sees the new sequence before it sleeps or we see that it waits.
+void ShmChannel::Step(std::atomic<std::uint64_t>& sequence) {
+  sequence.store(++next_, std::memory_order_seq_cst);
+  const Role peer = PeerRole();
+  if (ring_->sleep[static_cast<int>(peer)].waiting.load(std::memory_order_seq_cst) != 0) Wake(peer);
+  busy_.store(false, std::memory_order_release);
+}
+
+void ShmChannel::Wake(Role role) {
+  SleepWord& sleep = ring_->sleep[static_cast<int>(role)];
+  sleep.wakeups.fetch_add(1, std::memory_order_seq_cst);
+  FutexWake(sleep.wakeups);
+}
+
+Status ShmChannel::Begin(const MessageHeader& message) {
+  if (busy_.exchange(true, std::memory_order_acquire)) {
+    return Fail(message, Code::kFailedPrecondition, "another program is using this end of the channel");
+  }
+  if (failed_.load(std::memory_order_acquire)) return FailedEarlier();
+  return CheckStop(message);
+}
+
+bool ShmChannel::Ready() {
+  if (options_.role == Role::kReader) {
+    if (next_ < peer_seen_) return true;
+    peer_seen_ = ring_->write_seq.load(std::memory_order_seq_cst);
+    return next_ < peer_seen_;
+  }
+  if (next_ < peer_seen_ + num_slots_) return true;
+  peer_seen_ = ring_->read_seq.load(std::memory_order_seq_cst);
+  return next_ < peer_seen_ + num_slots_;
+}
+
+Status ShmChannel::AwaitReady(const MessageHeader& message) {
+  if (Ready() || SpinUntilReady()) return {};
+  return SleepUntilReady(message);
+}
+
+// The clock costs more than a poll: look at it rarely.
+bool ShmChannel::SpinUntilReady() {
+  const auto end = Clock::now() + Nanoseconds(options_.spin_us * 1e-6);
+  do {
+    for (int i = 0; i < 32; ++i) {
+      CpuRelax();
+      if (Ready()) return true;
+    }
+  } while (Clock::now() < end);
+  return false;
+}
+
+Status ShmChannel::SleepUntilReady(const MessageHeader& message) {
+  SleepWord& sleep = ring_->sleep[static_cast<int>(options_.role)];
+  const auto deadline = Clock::now() + Nanoseconds(options_.timeout_s);
+  while (true) {
+    const std::uint32_t seen = sleep.wakeups.load(std::memory_order_seq_cst);
+    sleep.waiting.store(1, std::memory_order_seq_cst);
+    if (Ready()) break;
+    if (Status status = CheckStop(message); !status.ok()) return status;
+    // Look at the ring once more after the peer was found dead: its last message may have come in between.
+    if (PeerDied()) {
+      if (Ready()) break;
+      return Fail(message, Code::kUnavailable, "the peer process has died");
+    }
+    const auto left = deadline - Clock::now();
+    if (left <= left.zero()) return Fail(message, Code::kDeadlineExceeded, TimeoutReason());
+    FutexWait(sleep.wakeups, seen, std::min<std::chrono::nanoseconds>(kSlice, left));
+  }
+  sleep.waiting.store(0, std::memory_order_relaxed);
+  return {};
+}
+
+Status ShmChannel::CheckStop(const MessageHeader& message) {
+  const std::uint32_t stop = ring_->stop.load(std::memory_order_seq_cst);
+  if (stop == 0) return {};
+  const Role mine = options_.role, peer = PeerRole();
+  if (stop & ClosedBit(mine)) return Fail(message, Code::kAborted, "this side has closed the channel");
+  if (stop & AbortedBit(mine)) return Fail(message, Code::kAborted, "this side has aborted the channel");
+  if (stop & AbortedBit(peer)) return Fail(message, Code::kAborted, "the peer has aborted the channel");
+  if (mine == Role::kReader && Ready()) return {};
+  return Fail(message, Code::kUnavailable, "the peer has closed the channel");
+}
+
+// True also for a zombie. Only this end's one operation at a time gets here.
+bool ShmChannel::PeerDied() {
+  if (peer_gone_) return true;
+  const std::uint32_t pid = peer_pid();
+  if (pid == 0) return false;
+  if (peer_pidfd_ < 0) {
+    peer_pidfd_ = static_cast<int>(syscall(SYS_pidfd_open, pid, 0));
+    if (peer_pidfd_ < 0) return peer_gone_ = errno == ESRCH;
+  }
+  pollfd poller{peer_pidfd_, POLLIN, 0};
+  return peer_gone_ = poll(&poller, 1, 0) > 0;
+}
+
+void ShmChannel::Abort() {
+  ring_->stop.fetch_or(AbortedBit(options_.role), std::memory_order_seq_cst);
+  Wake(Role::kWriter);
+  Wake(Role::kReader);
+}
+
+void ShmChannel::Close() {
+  ring_->stop.fetch_or(ClosedBit(options_.role), std::memory_order_seq_cst);
+  Wake(Role::kWriter);
+  Wake(Role::kReader);
+}
+
+Status ShmChannel::Fail(const MessageHeader& message, Code code, const std::string& why) {
+  const bool writer = options_.role == Role::kWriter;
+  const std::uint32_t pid = peer_pid();
+  const std::string peer =
+      options_.peer + (pid == 0 ? " (not attached yet)" : " (pid " + std::to_string(pid) + ")");
+  std::string text = std::string(writer ? "send" : "recv") + " of " + TagName(message.tag) + " (step " +
+                     std::to_string(message.step) + ", layer " + std::to_string(message.layer) + ") " +
+                     (writer ? "to " : "from ") + peer + " failed: " + why;
+  {
+    const std::lock_guard<std::mutex> lock(failure_mutex_);
+    if (failure_.ok()) failure_ = Status{code, std::move(text)};
+  }
+  failed_.store(true, std::memory_order_release);
+  Abort();
+  return FailedEarlier();
+}
+
+Status ShmChannel::FailedEarlier() const {
+  const std::lock_guard<std::mutex> lock(failure_mutex_);
+  return failure_;
+}
+
+std::optional<std::string> ShmChannel::failure() const {
+  const Status status = FailedEarlier();
+  return status.ok() ? std::nullopt : std::make_optional(status.text);
+}
+
+std::string ShmChannel::TimeoutReason() const {
+  std::string seconds = std::to_string(options_.timeout_s);
+  seconds.erase(seconds.find_last_not_of('0') + 1);
+  if (seconds.back() == '.') seconds.pop_back();
+  return (options_.role == Role::kReader ? "no message came in " : "no slot of the ring came free in ") + seconds +
+         " s, though the peer process has not ended";
+}
+
+std::uint32_t ShmChannel::peer_pid() const {
+  return ring_->pids[static_cast<int>(PeerRole())].load(std::memory_order_acquire);
+}
+
+std::string ShmChannel::path() const {
+  return "/proc/" + std::to_string(getpid()) + "/fd/" + std::to_string(mapping_->fd());
+}
+
+}  // namespace lamina

@@ -1,0 +1,76 @@
+"""The paged KV cache: a pool of pages per layer, and the per-step description of who owns which."""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PagedCache:
+    """Keys and values of every layer, in pages; one (page, head) is contiguous, as kernels like to stream it."""
+
+    k: Float[Array, "layers pages num_kv_heads page_size head_dim"]
+    v: Float[Array, "layers pages num_kv_heads page_size head_dim"]
+
+    @classmethod
+    def zeros(
+        cls, *, num_layers: int, num_pages: int, num_kv_heads: int, page_size: int, head_dim: int, dtype: DTypeLike
+    ) -> Self:
+        shape = (num_layers, num_pages, num_kv_heads, page_size, head_dim)
+        return cls(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+
+    @property
+    def page_size(self) -> int:
+        """Tokens in a page."""
+        return self.k.shape[3]
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of one layer."""
+        return self.k.shape[1]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepTables:
+    """Where the sequences of one step stand. Rows that only pad a bucket have ``num_new == 0``."""
+
+    context_lens: Int[Array, " batch"]
+    """Tokens of each sequence that are in the cache before this step."""
+    num_new: Int[Array, " batch"]
+    """How many of the step's `tokens` columns are real; the rest are padding and never enter the cache."""
+    block_tables: Int[Array, "batch max_pages"]
+    """Page numbers of each sequence in order; entries past its last page are ignored."""
+
+    @classmethod
+    def shapes(cls, batch: int, max_pages: int) -> Self:
+        """The shapes of a bucket's tables, to compile for."""
+        shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.int32)  # noqa: E731
+        return cls(context_lens=shape(batch), num_new=shape(batch), block_tables=shape(batch, max_pages))
+
+
+def append(
+    cache: PagedCache,
+    layer: Int[Array, ""],
+    k: Float[Array, "batch tokens num_kv_heads head_dim"],
+    v: Float[Array, "batch tokens num_kv_heads head_dim"],
+    tables: StepTables,
+) -> PagedCache:
+    """Writes the step's new keys and values behind what each sequence holds. In place where XLA may reuse `cache`."""
+    tokens = k.shape[1]
+    column = jnp.arange(tokens, dtype=jnp.int32)
+    position = tables.context_lens[:, None] + column
+    last = tables.block_tables.shape[1] - 1
+    page = jnp.take_along_axis(tables.block_tables, jnp.minimum(position // cache.page_size, last), axis=1)
+    # A page number past the end makes the scatter drop the row: padding is never written anywhere.
+    page = jnp.where(column < tables.num_new[:, None], page, cache.num_pages)
+    offset = position % cache.page_size
+
+    def put(pages: Array, new: Array) -> Array:
+        return pages.at[layer, page, :, offset].set(new.astype(pages.dtype), mode="drop")
+
+    return PagedCache(k=put(cache.k, k), v=put(cache.v, v))

@@ -1,0 +1,85 @@
+"""What a user can set about an engine."""
+
+import dataclasses
+import os
+
+from lamina_jax.models import ModelConfig
+
+_CACHE_SHARE_OF_MEMORY = 0.25
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Settings of an `LLM`, as given; None means that the engine works it out from the model and the machine.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    num_attention_workers: int = 1
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    page_size: int = 16
+    max_num_seqs: int = 64
+    max_prefill_tokens: int = 512
+    kv_cache_bytes: int | None = None
+    attention_kernel: str = "xla"
+    timeout_s: float = 60.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("num_attention_workers", 0),
+            ("max_model_len", 2),
+            ("page_size", 1),
+            ("max_num_seqs", 1),
+            ("max_prefill_tokens", 1),
+            ("kv_cache_bytes", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+        if not self.timeout_s > 0:
+            raise ValueError(f"timeout_s must be positive, got {self.timeout_s!r}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheSize:
+    """How long sequences can be, and how many pages there are for them."""
+
+    max_model_len: int
+    """Most tokens of a sequence, prompt and completion together."""
+    num_pages: int
+
+
+def size_cache(config: EngineConfig, model: ModelConfig, itemsize: int) -> CacheSize:
+    """Sizes the KV cache: room for `max_num_seqs` sequences of full length, or what the memory allows.
+
+    Args:
+        itemsize: bytes of one cached number.
+
+    Raises:
+        ValueError: max_model_len is beyond what the model was made for, or one such sequence does not fit.
+    """
+    if config.max_model_len is not None and config.max_model_len > model.max_position_embeddings:
+        raise ValueError(
+            f"max_model_len is {config.max_model_len}, but the model's max_position_embeddings is "
+            f"{model.max_position_embeddings}; give at most that."
+        )
+    memory = config.kv_cache_bytes or int(_CACHE_SHARE_OF_MEMORY * _available_memory())
+    page_bytes = model.kv_bytes_per_token(itemsize) * config.page_size
+    affordable = memory // page_bytes
+    wanted_len = config.max_model_len or model.max_position_embeddings
+    per_sequence = -(-wanted_len // config.page_size)
+    if affordable < (per_sequence if config.max_model_len is not None else 1):
+        raise ValueError(
+            f"A KV cache of {memory / 1e9:.3g} GB holds {affordable} pages, {affordable * config.page_size} tokens; "
+            f"one sequence of {wanted_len} tokens needs {per_sequence * page_bytes / 1e9:.3g} GB. "
+            "Lower max_model_len or raise kv_cache_bytes."
+        )
+    num_pages = min(affordable, per_sequence * config.max_num_seqs)
+    return CacheSize(max_model_len=min(wanted_len, num_pages * config.page_size), num_pages=num_pages)
+
+
+def _available_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,332 @@
+"""`LLM`: prompts in, text out."""
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+import os
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from lamina_jax.engine.config import EngineConfig, size_cache
+from lamina_jax.engine.outputs import RequestOutput
+from lamina_jax.engine.progress import Progress
+from lamina_jax.engine.request import Request
+from lamina_jax.engine.sampling_params import SamplingParams
+from lamina_jax.engine.scheduler import PlannedStep, Scheduler, SchedulerLimits
+from lamina_jax.engine.tokenizer import Tokenizer
+from lamina_jax.models import GenerationDefaults, ModelConfig, load_generation_config, load_model
+from lamina_jax.runtime.errors import WorkerError
+from lamina_jax.runtime.executor import CacheConfig, Executor, Model, SplitExecutor, UnsplitExecutor, split_heads
+from lamina_jax.runtime.model_worker import ModelWorker, model_function
+from lamina_jax.runtime.pool import AttentionWorkerPool
+
+Prompt = str | Mapping[str, Any]
+"""Text, or ``{"prompt": text}``, or ``{"prompt_token_ids": [...]}``."""
+
+# Steps that are under way while the host looks at an older one: the device never waits for the host.
+_STEPS_AHEAD = 1
+
+_logger = logging.getLogger(__name__)
+
+
+class LLM:
+    """A model, ready to generate; owns its attention workers, so close it or use it in a `with` statement.
+
+    Args:
+        model: a Hugging Face model directory (config.json, safetensors, tokenizer.json), or one made by
+            scripts/convert_checkpoint.py.
+        num_attention_workers: processes that hold the KV cache and compute attention, each for its share of the KV
+            heads; 0 runs the model whole in this process.
+        dtype: of weights, activations and KV cache: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
+        max_model_len: most tokens of a sequence, prompt and completion together; by default the model's
+            max_position_embeddings, or less if the KV cache cannot hold that.
+        page_size: tokens in a page of KV cache.
+        max_num_seqs: sequences that run at a time.
+        max_prefill_tokens: most prompt tokens in a step; longer prompts go in pieces.
+        kv_cache_bytes: memory for the KV cache over all workers; by default a quarter of what is free at most.
+        attention_kernel: name in `lamina_jax.attention.kernels.KERNELS`.
+        timeout_s: longest that one device waits for one message of another, in seconds.
+        seed: for requests whose SamplingParams name none.
+
+    Raises:
+        ValueError: a setting that is wrong or does not fit the model.
+        CheckpointError: the model cannot be read.
+        WorkerError: a worker did not start.
+    """
+
+    def __init__(self, model: str | os.PathLike[str], **settings: Any) -> None:
+        self._config = config = _engine_config(settings)
+        directory = Path(model)
+        self._model_config = ModelConfig.from_file(directory / "config.json")
+        self._generation_defaults: GenerationDefaults = load_generation_config(directory)
+        if config.num_attention_workers:
+            split_heads(self._model_config.num_heads, self._model_config.num_kv_heads, config.num_attention_workers)
+        self._tokenizer = Tokenizer.from_directory(directory) if (directory / "tokenizer.json").exists() else None
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="lamina reader")
+        self._requests = itertools.count()
+        self._closed_because: str | None = None
+        with contextlib.ExitStack() as undo:
+            # Workers start up while the weights are read.
+            pool = None
+            if config.num_attention_workers:
+                pool = AttentionWorkerPool(config.num_attention_workers)
+                undo.callback(pool.close)
+            loaded = Model(*model_function(load_model(directory, dtype=config.dtype)[1]))
+            size = size_cache(config, self._model_config, loaded.sites[0].kv.dtype.itemsize)
+            self.max_model_len = size.max_model_len
+            """Most tokens of a sequence, prompt and completion together."""
+            self._limits = SchedulerLimits.of(
+                max_num_seqs=config.max_num_seqs,
+                max_prefill_tokens=min(config.max_prefill_tokens, size.max_model_len),
+                page_size=config.page_size,
+                num_pages=size.num_pages,
+            )
+            executor = _make_executor(config, loaded, pool, self._limits)
+            undo.pop_all()
+        self._worker = ModelWorker(executor, config.max_num_seqs)
+        # Ends the workers also when nobody calls close().
+        self._close_executor = weakref.finalize(self, executor.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the attention workers. The LLM cannot be used afterwards; may be called twice."""
+        self._closed_because = self._closed_because or "it was closed"
+        self._close_executor()
+        self._reader.shutdown(wait=False, cancel_futures=True)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What generation_config.json asks for; SamplingParams' own defaults where it says nothing."""
+        defaults = self._generation_defaults
+        given = {name: getattr(defaults, name) for name in ("temperature", "top_p", "top_k")}
+        return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+
+    def validate(self, prompt: Prompt, params: SamplingParams) -> None:
+        """Raises ValueError, saying what is wrong, if the request could not be run."""
+        self._request(0, prompt, params)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Completes prompts; returns one output per prompt, in order.
+
+        Args:
+            prompts: one or more; see `Prompt`.
+            sampling_params: for all prompts, or one for each; None for `get_default_sampling_params()`.
+            use_tqdm: show progress on stderr.
+
+        Raises:
+            ValueError: a prompt or its parameters cannot be used; nothing was run.
+            WorkerError: a worker failed; the LLM is closed.
+        """
+        prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        params = self._params_for(sampling_params, len(prompts))
+        # All are checked before any is run.
+        requests = [self._request(i, prompt, p) for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))]
+        outputs = dict(self._run(iter(requests), Progress(len(requests), use_tqdm=use_tqdm)))
+        return [outputs[i] for i in range(len(requests))]
+
+    def stream(
+        self, requests: Iterable[tuple[Prompt, SamplingParams]], *, use_tqdm: bool = False
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """Completes requests as they come: takes the next one when there is room for it, yields each when it ends.
+
+        Args:
+            requests: prompts with their parameters; may be endless.
+            use_tqdm: show progress on stderr.
+
+        Yields:
+            The request's number, from 0 in the order taken, and its output; shorter ones overtake longer ones.
+
+        Raises:
+            ValueError: a request cannot be used; those that are running are given up. `validate` tells before.
+            WorkerError: a worker failed; the LLM is closed.
+        """
+        made = (self._request(i, prompt, params) for i, (prompt, params) in enumerate(requests))
+        return self._run(made, Progress(use_tqdm=use_tqdm))
+
+    def _params_for(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+        if given is None:
+            return [self.get_default_sampling_params()] * count
+        if isinstance(given, SamplingParams):
+            return [given] * count
+        if len(given) != count:
+            raise ValueError(f"Got {count} prompts but {len(given)} sampling_params; give one for all, or one for each.")
+        return list(given)
+
+    def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
+        text, token_ids = self._tokens_of(prompt)
+        self._check_tokens(token_ids)
+        serial = next(self._requests)
+        eos = () if params.ignore_eos else self._eos_token_ids
+        return Request(
+            index=index,
+            request_id=str(serial),
+            prompt=text,
+            prompt_token_ids=token_ids,
+            params=params,
+            seed=params.seed if params.seed is not None else _seed_for(self._config.seed, serial),
+            max_new_tokens=min(params.max_tokens or self.max_model_len, self.max_model_len - len(token_ids)),
+            eos_token_ids=frozenset(eos),
+            tokenizer=self._tokenizer,
+        )
+
+    @property
+    def _eos_token_ids(self) -> tuple[int, ...]:
+        return (*self._generation_defaults.eos_token_ids, *self._model_config.eos_token_ids)
+
+    def _tokens_of(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            if "prompt_token_ids" in prompt:
+                return prompt.get("prompt"), _checked_ids(prompt["prompt_token_ids"])
+            prompt = prompt.get("prompt")  # pyright: ignore[reportAssignmentType]
+        if not isinstance(prompt, str):
+            raise ValueError('A prompt must be a string, {"prompt": text} or {"prompt_token_ids": [...]}, got ' f"{prompt!r}.")
+        if self._tokenizer is None:
+            raise ValueError('The model has no tokenizer.json: give prompts as {"prompt_token_ids": [...]}, not as text.')
+        return prompt, self._tokenizer.encode(prompt)
+
+    def _check_tokens(self, token_ids: Sequence[int]) -> None:
+        if not token_ids:
+            raise ValueError("The prompt is empty: it must have at least one token.")
+        if len(token_ids) >= self.max_model_len:
+            raise ValueError(
+                f"The prompt has {len(token_ids)} tokens, but max_model_len is {self.max_model_len}, which must hold "
+                "the prompt and at least one more."
+            )
+        vocab_size = self._model_config.vocab_size
+        bad = next((t for t in token_ids if not 0 <= t < vocab_size), None)
+        if bad is not None:
+            raise ValueError(f"Token id {bad} is out of range: the model's vocabulary has {vocab_size} tokens.")
+
+    def _run(self, requests: Iterator[Request], progress: Progress) -> Iterator[tuple[int, RequestOutput]]:
+        if self._closed_because is not None:
+            raise RuntimeError(f"This LLM cannot be used any more: {self._closed_because}.")
+        run = _Run(self._worker, self._limits, self._reader, progress)
+        try:
+            with progress:
+                yield from run.outputs(requests)
+        except Exception as error:
+            shown = self._worker.executor.explain(error)
+            if isinstance(shown, WorkerError) or isinstance(error, jax.errors.JaxRuntimeError):
+                self._closed_because = str(shown)
+                self.close()
+            if shown is error:
+                raise
+            raise shown from error
+        finally:
+            run.abandon()
+
+
+@dataclasses.dataclass(frozen=True)
+class _InFlight:
+    step: PlannedStep
+    tokens: Future[np.ndarray]
+
+
+class _Run:
+    """One call of generate or stream: plans and dispatches steps, and reads what they sampled one step late."""
+
+    def __init__(
+        self, worker: ModelWorker, limits: SchedulerLimits, reader: ThreadPoolExecutor, progress: Progress
+    ) -> None:
+        self._worker = worker
+        self._reader = reader
+        self._progress = progress
+        self._scheduler = Scheduler(limits)
+        self._in_flight: deque[_InFlight] = deque()
+        self._owners: dict[Any, Request] = {}
+
+    def outputs(self, requests: Iterator[Request]) -> Iterator[tuple[int, RequestOutput]]:
+        while True:
+            self._take(requests)
+            step = self._scheduler.plan()
+            if step is not None:
+                self._dispatch(step)
+            if step is None and not self._in_flight:
+                return
+            if step is None or len(self._in_flight) > _STEPS_AHEAD:
+                yield from self._collect()
+
+    def abandon(self) -> None:
+        """Waits until nothing is under way; errors have been told already, or nobody asks any more."""
+        while self._in_flight:
+            with contextlib.suppress(Exception):
+                self._in_flight.popleft().tokens.result()
+
+    def _take(self, requests: Iterator[Request]) -> None:
+        while self._scheduler.has_room and (request := next(requests, None)) is not None:
+            for sequence in request.sequences:
+                self._scheduler.add(sequence)
+                self._owners[sequence] = request
+
+    def _dispatch(self, step: PlannedStep) -> None:
+        self._worker.prepare(step.plan.bucket)
+        sampled = self._worker.run(step.plan)
+        # In a thread, because a wait inside XLA cannot be interrupted, and Ctrl-C must work.
+        self._in_flight.append(_InFlight(step, self._reader.submit(np.asarray, sampled)))
+        self._progress.add(prompt_tokens=int(sum(step.plan.num_new)) if step.plan.tokens is not None else 0)
+
+    def _collect(self) -> Iterator[tuple[int, RequestOutput]]:
+        arrived = self._in_flight.popleft()
+        tokens = arrived.tokens.result()
+        self._worker.executor.check()
+        now = time.monotonic()
+        for row, sequence in arrived.step.emits:
+            request = self._owners.get(sequence)
+            if request is None:
+                continue
+            self._progress.add(decode_tokens=1)
+            if request.add_token(sequence, int(tokens[row]), now):
+                self._scheduler.finish(sequence)
+                del self._owners[sequence]
+                if request.finished:
+                    self._progress.add(finished=1)
+                    yield request.index, request.output()
+
+
+def _engine_config(settings: Mapping[str, Any]) -> EngineConfig:
+    known = {field.name for field in dataclasses.fields(EngineConfig)}
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        raise TypeError(f"LLM has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
+    return EngineConfig(**settings)
+
+
+def _make_executor(
+    config: EngineConfig, model: Model, pool: AttentionWorkerPool | None, limits: SchedulerLimits
+) -> Executor:
+    cache = CacheConfig(page_size=limits.page_size, num_pages=limits.num_pages, kernel=config.attention_kernel)
+    if pool is None:
+        return UnsplitExecutor(model, cache)
+    return SplitExecutor(model, cache, pool, max_step_tokens=limits.max_step_tokens, timeout_s=config.timeout_s)
+
+
+def _checked_ids(token_ids: Any) -> list[int]:
+    ids = list(token_ids)
+    wrong = next((t for t in ids if not isinstance(t, int | np.integer) or isinstance(t, bool)), None)
+    if wrong is not None:
+        raise ValueError(f"prompt_token_ids must be integers, got {wrong!r}.")
+    return [int(t) for t in ids]
+
+
+def _seed_for(engine_seed: int, serial: int) -> int:
+    """A seed of its own for every request, the same in every run of the same program."""
+    return int(np.random.SeedSequence([engine_seed, serial]).generate_state(1, np.uint64)[0] >> 1)

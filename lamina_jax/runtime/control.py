@@ -1,0 +1,78 @@
+"""The control sockets: typed messages (`lamina_jax.runtime.messages`) over ZeroMQ.
+
+The engine listens on a socket file in a directory that only its user may enter, so nobody else can speak to it.
+"""
+
+import os
+import shutil
+import tempfile
+from typing import Final
+
+import msgspec
+import zmq
+
+from lamina_jax.runtime.messages import FromWorker, ToWorker
+
+_LINGER_MS: Final = 200
+
+
+class ControlServer:
+    """The engine's end: one socket, workers known by their index once they have said Hello."""
+
+    def __init__(self) -> None:
+        self._directory = tempfile.mkdtemp(prefix="lamina-")
+        self.address = f"ipc://{self._directory}/control"
+        self._socket = zmq.Context.instance().socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.bind(self.address)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(FromWorker)
+
+    def send(self, peer: bytes, message: ToWorker) -> None:
+        """Queues a message for the worker that was seen as `peer`."""
+        self._socket.send_multipart([peer, self._encoder.encode(message)])
+
+    def receive(self, timeout_ms: int) -> tuple[bytes, FromWorker] | None:
+        """The next message and who sent it, or None if there is none within `timeout_ms`."""
+        if not self._socket.poll(timeout_ms):
+            return None
+        peer, body = self._socket.recv_multipart()
+        return peer, self._decoder.decode(body)
+
+    def close(self) -> None:
+        """Closes the socket and removes its directory."""
+        self._socket.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+class ControlClient:
+    """A worker's end."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
+        self._socket.connect(address)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ToWorker)
+
+    def send(self, message: FromWorker) -> None:
+        """Queues a message for the engine."""
+        self._socket.send(self._encoder.encode(message))
+
+    def receive(self, timeout_ms: int) -> ToWorker | None:
+        """The next message, or None if there is none within `timeout_ms`."""
+        if not self._socket.poll(timeout_ms):
+            return None
+        return self._decoder.decode(self._socket.recv())
+
+    def close(self) -> None:
+        """Sends what is queued, for a short while, and closes the socket."""
+        self._socket.close()
+        zmq.Context.instance().term()
+
+    def remove_files(self) -> None:
+        """Removes the engine's socket directory, when the engine died and cannot."""
+        shutil.rmtree(os.path.dirname(self._address.removeprefix("ipc://")), ignore_errors=True)
+

@@ -1,0 +1,95 @@
+"""What the engine and the attention workers say to each other on the control socket (msgspec over ZeroMQ).
+
+Tensors of a step never travel here, only through channels; what does is sent ahead of the step that needs it.
+"""
+
+import msgspec
+
+from lamina_jax.transport import ChannelAddress
+
+
+class AttentionWorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """All that an attention worker has to know about its share of the model."""
+
+    name: str
+    """As it appears in errors, e.g. 'attention worker 1'."""
+    scales: tuple[float, ...]
+    """Factor on the scores, one per layer."""
+    num_heads: int
+    """Query heads of this worker."""
+    num_kv_heads: int
+    """KV heads of this worker."""
+    head_dim: int
+    dtype: str
+    page_size: int
+    """Tokens in a page."""
+    num_pages: int
+    """Pages of the pool, the same number in each layer."""
+    kernel: str
+    """Name in `lamina_jax.attention.kernels.KERNELS`."""
+    timeout_s: float
+    """Longest wait for one message of the model worker, in seconds."""
+
+
+class Bucket(msgspec.Struct, frozen=True, kw_only=True):
+    """A compiled shape that a step is padded to."""
+
+    batch: int
+    """Sequences."""
+    tokens: int
+    """New tokens of each sequence; 1 in decoding."""
+    max_pages: int
+    """Width of the block tables."""
+
+
+class Hello(msgspec.Struct, tag=True):
+    """Worker: I am up."""
+
+    worker: int
+    pid: int
+
+
+class Configure(msgspec.Struct, tag=True):
+    """Engine: this is your share; attach to these channels."""
+
+    config: AttentionWorkerConfig
+    inbox: ChannelAddress
+    """The worker reads q, k and v here."""
+    outbox: ChannelAddress
+    """The worker writes attention outputs here."""
+
+
+class Prepare(msgspec.Struct, tag=True):
+    """Engine: compile this bucket now, so that no step has to wait for it."""
+
+    bucket: Bucket
+
+
+class RunStep(msgspec.Struct, tag=True):
+    """Engine: run one step. Arrays are int32 in native byte order, shaped by the bucket."""
+
+    bucket: Bucket
+    context_lens: bytes
+    """[batch]"""
+    num_new: bytes
+    """[batch]"""
+    block_tables: bytes
+    """[batch, max_pages]"""
+
+
+class Done(msgspec.Struct, tag=True):
+    """Worker: what was asked (Configure, Prepare) is done."""
+
+
+class Failed(msgspec.Struct, tag=True):
+    """Worker: I cannot go on, and end now."""
+
+    message: str
+
+
+class Shutdown(msgspec.Struct, tag=True):
+    """Engine: end."""
+
+
+ToWorker = Configure | Prepare | RunStep | Shutdown
+FromWorker = Hello | Done | Failed

@@ -1,0 +1,142 @@
+"""The attention workers as the engine sees them: processes of this host, started, told what to do, watched, ended."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from lamina_jax.runtime.control import ControlServer
+from lamina_jax.runtime.errors import WorkerError
+from lamina_jax.runtime.messages import (
+    Bucket,
+    Configure,
+    Done,
+    Failed,
+    Hello,
+    Prepare,
+    RunStep,
+    Shutdown,
+    ToWorker,
+)
+
+_POLL_MS: Final = 50
+_START_TIMEOUT_S: Final = 120.0
+_PREPARE_TIMEOUT_S: Final = 600.0
+_END_TIMEOUT_S: Final = 5.0
+_EXPLAIN_S: Final = 1.0
+
+
+class AttentionWorkerPool:
+    """Starts `num_workers` attention workers; `close` ends them, and so does the end of this process."""
+
+    def __init__(self, num_workers: int) -> None:
+        self._control = ControlServer()
+        self._peers: dict[int, bytes] = {}
+        self._pending: dict[int, int] = dict.fromkeys(range(num_workers), 0)
+        self._processes = [self._spawn(i) for i in range(num_workers)]
+
+    def names(self) -> list[str]:
+        """As they appear in errors."""
+        return [f"attention worker {i}" for i in range(len(self._processes))]
+
+    def configure(self, messages: Sequence[Configure]) -> None:
+        """Waits for every worker to be up and gives each its share. Raises WorkerError if one does not come."""
+        self._wait(lambda: len(self._peers) == len(self._processes), _START_TIMEOUT_S, "start")
+        for worker, message in enumerate(messages):
+            self._ask(worker, message)
+        self.wait_done("attach to its channels", _START_TIMEOUT_S)
+
+    def prepare(self, bucket: Bucket) -> None:
+        """Asks every worker to compile a bucket; `wait_done` waits for that."""
+        for worker in self._peers:
+            self._ask(worker, Prepare(bucket=bucket))
+
+    def wait_done(self, what: str = "compile a step", timeout_s: float = _PREPARE_TIMEOUT_S) -> None:
+        """Waits until everything asked is done. Raises WorkerError naming the workers that are not."""
+        self._wait(lambda: not any(self._pending.values()), timeout_s, what)
+
+    def run_step(self, step: RunStep) -> None:
+        """Tells every worker to run a step."""
+        for peer in self._peers.values():
+            self._control.send(peer, step)
+
+    def check(self) -> None:
+        """Raises WorkerError if a worker failed or died."""
+        while (received := self._control.receive(timeout_ms=0)) is not None:
+            self._take(*received)
+        self._check_alive()
+
+    def explain(self, error: BaseException) -> WorkerError:
+        """The error to show for `error` of a channel, with the worker's own reason if it gives one soon."""
+        deadline = time.monotonic() + _EXPLAIN_S
+        try:
+            self._check_alive()
+            while time.monotonic() < deadline:
+                self._pump()
+                self._check_alive()
+        except WorkerError as reason:
+            return WorkerError(f"{reason} ({error})")
+        return WorkerError(str(error))
+
+    def close(self) -> None:
+        """Ends all workers: asked first, then killed."""
+        for worker in self._peers:
+            if self._processes[worker].poll() is None:
+                self._control.send(self._peers[worker], Shutdown())
+        deadline = time.monotonic() + (_END_TIMEOUT_S if self._peers else 0.0)
+        for process in self._processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        self._control.close()
+
+    def _spawn(self, index: int) -> subprocess.Popen:
+        command = [sys.executable, "-m", "lamina_jax.runtime.attention_worker"]
+        arguments = [f"--control={self._control.address}", f"--index={index}", f"--engine_pid={os.getpid()}"]
+        # A group of its own: a Ctrl-C in the terminal reaches the engine alone, which then ends its workers.
+        return subprocess.Popen(
+            command + arguments,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            process_group=0,
+        )
+
+    def _ask(self, worker: int, message: ToWorker) -> None:
+        self._pending[worker] += 1
+        self._control.send(self._peers[worker], message)
+
+    def _wait(self, done, timeout_s: float, what: str) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not done():
+            self._pump()
+            self._check_alive()
+            if time.monotonic() > deadline:
+                late = [n for i, n in enumerate(self.names()) if i not in self._peers or self._pending[i]]
+                raise WorkerError(f"Waited {timeout_s:.0f} s for {', '.join(late)} to {what}.")
+
+    def _pump(self) -> None:
+        received = self._control.receive(timeout_ms=_POLL_MS)
+        if received is not None:
+            self._take(*received)
+
+    def _take(self, peer: bytes, message: Hello | Done | Failed) -> None:
+        if isinstance(message, Hello):
+            self._peers[message.worker] = peer
+            return
+        worker = next(index for index, known in self._peers.items() if known == peer)
+        if isinstance(message, Failed):
+            raise WorkerError(f"attention worker {worker} (pid {self._processes[worker].pid}) failed: {message.message}")
+        self._pending[worker] -= 1
+
+    def _check_alive(self) -> None:
+        for index, process in enumerate(self._processes):
+            status = process.poll()
+            if status is not None:
+                how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+                raise WorkerError(f"attention worker {index} (pid {process.pid}) {how}.")

@@ -1,0 +1,1 @@
+from lamina_jax.engine.sampler import SamplingMode, SamplingTensors, sample

@@ -1,0 +1,237 @@
+"""What every kind of channel offers: the contract, the messages and the list of kinds."""
+
+import abc
+import dataclasses
+import enum
+import importlib
+import math
+from collections.abc import Sequence
+from typing import Literal, Self
+
+import jax
+import jax.numpy as jnp
+import msgspec
+
+Role = Literal["writer", "reader"]
+
+TENSOR_ALIGNMENT = 64
+"""Bytes. Every tensor of a message starts on a multiple of this."""
+
+MESSAGE_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16), jnp.dtype(jnp.float32), jnp.dtype(jnp.int32))
+
+
+class Tag(enum.IntEnum):
+    """What a message carries. Both ends name it; a message with another tag than the one awaited is an error."""
+
+    Q = 1
+    KV = 2
+    ATTENDED = 3
+
+    @property
+    def label(self) -> str:
+        """The name that error messages use."""
+        return self.name.lower()
+
+
+class ChannelError(RuntimeError):
+    """A channel failed: its peer died, it was aborted, a wait took too long or an unexpected message came.
+
+    Attributes:
+        peer: The name of the other end, as given when this end was made.
+    """
+
+    def __init__(self, message: str, *, peer: str):
+        super().__init__(message)
+        self.peer = peer
+
+
+@dataclasses.dataclass(frozen=True)
+class MessageSpec:
+    """The tensors of one message.
+
+    Attributes:
+        tag: What the message carries.
+        tensors: Shape and dtype (bfloat16, float16, float32 or int32) of every tensor, in order.
+    """
+
+    tag: Tag
+    tensors: tuple[jax.ShapeDtypeStruct, ...]
+
+    def __post_init__(self) -> None:
+        for i, tensor in enumerate(self.tensors):
+            if tensor.dtype not in MESSAGE_DTYPES:
+                allowed = ", ".join(dtype.name for dtype in MESSAGE_DTYPES)
+                raise ValueError(
+                    f"tensor {i} of {self.tag.label!r} has dtype {tensor.dtype.name}; a message carries {allowed}"
+                )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the message takes in a slot: every tensor padded to a multiple of 64."""
+        return sum(_aligned(math.prod(tensor.shape) * tensor.dtype.itemsize) for tensor in self.tensors)
+
+    def require_fits(self, slot_bytes: int) -> None:
+        """Raises ValueError if the message does not fit a slot of that many bytes."""
+        if self.nbytes > slot_bytes:
+            tensors = ", ".join(f"{tensor.dtype.name}{list(tensor.shape)}" for tensor in self.tensors)
+            raise ValueError(
+                f"message {self.tag.label!r} ({tensors}) takes {self.nbytes} bytes and a slot of the channel has "
+                f"{slot_bytes}; make the channel with a larger slot_bytes or list this message when you create it"
+            )
+
+
+class ChannelAddress(msgspec.Struct, frozen=True, kw_only=True):
+    """How the other end finds a channel. Plain data, to be sent over a control connection.
+
+    Attributes:
+        kind: The kind of channel, e.g. "shm".
+        location: Where it is; its meaning is up to the kind.
+        num_slots: Messages that the ring holds.
+        slot_bytes: Bytes of tensors that one slot holds.
+        creator_role: The end that the creator took; the other one is free.
+    """
+
+    kind: str
+    location: str
+    num_slots: int
+    slot_bytes: int
+    creator_role: Role
+
+
+class Channel(abc.ABC):
+    """One end of a one-way bounded ring of messages between two processes.
+
+    Messages arrive once and in order. `ops.send` and `ops.recv` move them inside XLA programs; a channel only says how
+    to reach those. A kind of channel has to keep these promises:
+
+    - Every wait ends: with a message, when the peer dies (within two seconds), on `abort` or `close` of either end, or
+      after `timeout_s`. All but the first are errors that name operation, tag, step, layer and peer.
+    - What the writer had sent completely before it died or closed is still delivered.
+    - The first failure is final: both ends fail from then on, at once.
+    - `abort` and `close` may be called from any thread, also while an operation is waiting.
+    """
+
+    def __init__(self, *, role: Role, peer: str, num_slots: int, slot_bytes: int):
+        self.role: Role = role
+        self.peer = peer
+        self.num_slots = num_slots
+        self.slot_bytes = slot_bytes
+
+    @classmethod
+    @abc.abstractmethod
+    def create(
+        cls,
+        *,
+        role: Role,
+        peer: str,
+        messages: Sequence[MessageSpec],
+        num_slots: int = 8,
+        slot_bytes: int | None = None,
+        timeout_s: float = 60.0,
+    ) -> Self:
+        """Makes a channel and takes one end of it.
+
+        Args:
+            role: The end to take.
+            peer: What errors call the other end, e.g. "attention worker 1".
+            messages: Every message that will travel. Each must fit a slot.
+            num_slots: Messages in flight before a send waits.
+            slot_bytes: Bytes of tensors per slot; None takes the largest of `messages`.
+            timeout_s: Seconds that one send or recv waits at most.
+
+        Raises:
+            ValueError: A message does not fit, or an argument is out of range.
+            OSError: The machine refuses the memory or the connection.
+        """
+
+    @classmethod
+    @abc.abstractmethod
+    def attach(cls, address: ChannelAddress, *, role: Role, peer: str, timeout_s: float = 60.0) -> Self:
+        """Takes the other end of a channel that a peer created.
+
+        Raises:
+            ValueError: What lies at the address is not what the address says, or that end is taken.
+            OSError: The address cannot be opened; the creator must still be alive.
+        """
+
+    @property
+    @abc.abstractmethod
+    def address(self) -> ChannelAddress:
+        """What the peer passes to `attach`. Only the creator has one, and only while the channel is open."""
+
+    @property
+    @abc.abstractmethod
+    def id(self) -> int:
+        """The number by which compiled programs of this process name the channel; never used twice."""
+
+    @property
+    @abc.abstractmethod
+    def targets(self) -> dict[Literal["send", "recv"], str]:
+        """The names of the XLA custom calls that move messages."""
+
+    @property
+    @abc.abstractmethod
+    def peer_pid(self) -> int | None:
+        """The process at the other end; None while no one has attached."""
+
+    @property
+    @abc.abstractmethod
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+
+    @property
+    @abc.abstractmethod
+    def failure(self) -> str | None:
+        """The first failure of this end, in words, or None. Kept after `close`."""
+
+    @abc.abstractmethod
+    def abort(self) -> None:
+        """Makes every operation of both ends fail, those that wait now and all later ones."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Gives the channel up. The peer may still receive what was sent; an operation that waits here fails."""
+
+    def error(self) -> ChannelError | None:
+        """The first failure of this end as an exception to raise, or None."""
+        return None if self.failure is None else ChannelError(self.failure, peer=self.peer)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+_KINDS = {"shm": "lamina_jax.transport.shm:ShmChannel"}
+
+
+def channel_kinds() -> tuple[str, ...]:
+    """The names that `channel_class` knows."""
+    return tuple(_KINDS)
+
+
+def channel_class(kind: str) -> type[Channel]:
+    """The class of a kind of channel, imported on first use.
+
+    Raises:
+        ValueError: There is no such kind.
+    """
+    if kind not in _KINDS:
+        raise ValueError(f"unknown kind of channel {kind!r}; supported: {', '.join(_KINDS)}")
+    module, name = _KINDS[kind].split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def attach(address: ChannelAddress, *, role: Role, peer: str, timeout_s: float = 60.0) -> Channel:
+    """Takes the free end of the channel at `address`, of whatever kind it is; see `Channel.attach`."""
+    return channel_class(address.kind).attach(address, role=role, peer=peer, timeout_s=timeout_s)
+
+
+def largest_message(messages: Sequence[MessageSpec]) -> int:
+    """Bytes of the largest message, at least one aligned tensor's worth."""
+    return max((message.nbytes for message in messages), default=0) or TENSOR_ALIGNMENT
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT

@@ -1,0 +1,135 @@
+"""Channels through shared memory, between two processes of one host."""
+
+from collections.abc import Sequence
+from typing import Literal, Self
+
+import jax
+
+from lamina_jax import _custom_calls
+from lamina_jax.transport.base import Channel, ChannelAddress, MessageSpec, Role, Tag, largest_message
+
+DEFAULT_SPIN_US = 50.0
+
+_SEND, _RECV = "lamina_shm_send", "lamina_shm_recv"
+
+jax.ffi.register_ffi_target(_SEND, _custom_calls.send_handler(), platform="cpu")
+jax.ffi.register_ffi_target(_RECV, _custom_calls.recv_handler(), platform="cpu")
+for _tag in Tag:
+    _custom_calls.name_tag(int(_tag), _tag.label)
+
+
+class ShmChannel(Channel):
+    """A ring in shared memory that never has a name, so that nothing stays in /dev/shm whatever happens.
+
+    Make one with `create` in one process, send its `address` to the other, and `attach` there as the same user.
+    """
+
+    def __init__(self, handle: _custom_calls.ShmHandle, *, role: Role, peer: str, num_slots: int, slot_bytes: int):
+        super().__init__(role=role, peer=peer, num_slots=num_slots, slot_bytes=slot_bytes)
+        self._handle = handle
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        role: Role,
+        peer: str,
+        messages: Sequence[MessageSpec],
+        num_slots: int = 8,
+        slot_bytes: int | None = None,
+        timeout_s: float = 60.0,
+        spin_us: float = DEFAULT_SPIN_US,
+    ) -> Self:
+        """Makes the ring and reserves its memory; see `Channel.create`.
+
+        Args:
+            role: The end to take.
+            peer: What errors call the other end.
+            messages: Every message that will travel.
+            num_slots: Messages in flight before a send waits.
+            slot_bytes: Bytes of tensors per slot; None takes the largest of `messages`.
+            timeout_s: Seconds that one send or recv waits at most.
+            spin_us: Microseconds that a wait polls before it sleeps.
+        """
+        slot_bytes = largest_message(messages) if slot_bytes is None else slot_bytes
+        if num_slots < 1 or slot_bytes < 1:
+            raise ValueError(f"num_slots and slot_bytes must be at least 1, got {num_slots} and {slot_bytes}")
+        _require_wait(timeout_s, spin_us)
+        for message in messages:
+            message.require_fits(slot_bytes)
+        slot_bytes = _custom_calls.align(slot_bytes)
+        handle = _custom_calls.ShmHandle.create(
+            writer=role == "writer",
+            peer=peer,
+            num_slots=num_slots,
+            slot_bytes=slot_bytes,
+            timeout_s=timeout_s,
+            spin_us=spin_us,
+        )
+        return cls(handle, role=role, peer=peer, num_slots=num_slots, slot_bytes=slot_bytes)
+
+    @classmethod
+    def attach(
+        cls,
+        address: ChannelAddress,
+        *,
+        role: Role,
+        peer: str,
+        timeout_s: float = 60.0,
+        spin_us: float = DEFAULT_SPIN_US,
+    ) -> Self:
+        """Takes the free end of the ring at `address`; see `Channel.attach`."""
+        if address.kind != "shm":
+            raise ValueError(f"expected an address of kind 'shm', got {address.kind!r}")
+        _require_wait(timeout_s, spin_us)
+        handle = _custom_calls.ShmHandle.attach(
+            writer=role == "writer",
+            peer=peer,
+            path=address.location,
+            num_slots=address.num_slots,
+            slot_bytes=address.slot_bytes,
+            timeout_s=timeout_s,
+            spin_us=spin_us,
+        )
+        return cls(handle, role=role, peer=peer, num_slots=address.num_slots, slot_bytes=address.slot_bytes)
+
+    @property
+    def address(self) -> ChannelAddress:
+        return ChannelAddress(
+            kind="shm",
+            location=self._handle.path,
+            num_slots=self.num_slots,
+            slot_bytes=self.slot_bytes,
+            creator_role=self.role,
+        )
+
+    @property
+    def id(self) -> int:
+        return self._handle.id
+
+    @property
+    def targets(self) -> dict[Literal["send", "recv"], str]:
+        return {"send": _SEND, "recv": _RECV}
+
+    @property
+    def peer_pid(self) -> int | None:
+        return self._handle.peer_pid or None
+
+    @property
+    def closed(self) -> bool:
+        return self._handle.closed
+
+    @property
+    def failure(self) -> str | None:
+        return self._handle.failure
+
+    def abort(self) -> None:
+        self._handle.abort()
+
+    def close(self) -> None:
+        self._handle.close()
+
+
+def _require_wait(timeout_s: float, spin_us: float) -> None:
+    if timeout_s <= 0 or spin_us < 0:
+        raise ValueError(f"timeout_s must be positive and spin_us not negative, got {timeout_s} and {spin_us}")

@@ -1,0 +1,104 @@
+"""Flags and error reports that the generating scripts share."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+from absl import app, flags
+
+# The flags below then count as the calling script's own, which is what makes --help show them.
+flags.disclaim_key_flags()
+
+FLAGS = flags.FLAGS
+_SAMPLING_FLAGS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "stop")
+_ENGINE_FLAGS = ("num_attention_workers", "dtype", "max_model_len", "page_size", "max_num_seqs", "seed")
+
+
+class UserError(Exception):
+    """Something for the user to put right; reported as one line, without a traceback."""
+
+
+def define_engine_flags() -> None:
+    """Defines --model and how it is run."""
+    flags.DEFINE_string("model", None, "Directory of the model: config.json, safetensors, tokenizer.json. Required.")
+    flags.DEFINE_integer("num_attention_workers", 1, "Attention worker processes.", lower_bound=1)
+    flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16", "float16"], "auto takes the checkpoint's own.")
+    flags.DEFINE_integer(
+        "max_model_len",
+        None,
+        "Most tokens of a sequence, its prompt included; the model's own limit if not given.",
+        lower_bound=1,
+    )
+    flags.DEFINE_integer("page_size", 16, "Tokens in a page of the KV cache.", lower_bound=1)
+    flags.DEFINE_integer("max_num_seqs", 64, "Most sequences decoded at a time.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Fixes the random choices of the whole run.")
+
+
+def define_sampling_flags() -> None:
+    """Defines the sampling parameters; those not given come from the model's generation_config.json."""
+    flags.DEFINE_integer("max_tokens", None, "Most tokens to generate for a prompt; 16 if nothing else says.")
+    flags.DEFINE_float("temperature", None, "0 takes the most probable token each time.")
+    flags.DEFINE_integer("top_k", None, "Choose among the k most probable tokens; 0 is all.")
+    flags.DEFINE_float("top_p", None, "Choose among the most probable tokens that together reach this; 1 is all.")
+    flags.DEFINE_float("min_p", None, "Drop tokens less probable than this times the most probable; 0 drops none.")
+    flags.DEFINE_multi_string("stop", None, "String that ends the text, itself left out")
+
+
+def engine_options() -> dict[str, Any]:
+    """Keyword arguments of `LLM`, its model excepted."""
+    return {name: FLAGS[name].value for name in _ENGINE_FLAGS}
+
+
+def sampling_options() -> dict[str, Any]:
+    """The `SamplingParams` that were given as flags."""
+    return {name: FLAGS[name].value for name in _SAMPLING_FLAGS if FLAGS[name].value is not None}
+
+
+def require(*names: str) -> None:
+    """Raises `UserError` for a flag that was not given."""
+    for name in names:
+        if not FLAGS[name].value:
+            raise UserError(f"--{name} is required; see --help")
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Around calls whose ValueError or OSError means that the user gave something unusable."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UserError(error) from error
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags and runs the script: exit status 2 for a user's error, 130 for Ctrl-C."""
+
+    def guarded(arguments: Sequence[str]) -> None:
+        try:
+            if len(arguments) > 1:
+                raise UserError(f"unexpected argument {arguments[1]!r}; see --help")
+            main()
+        except UserError as error:
+            _fail(error)
+
+    try:
+        app.run(guarded, flags_parser=_parse)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _parse(arguments: Sequence[str]) -> list[str]:
+    try:
+        return FLAGS(arguments)
+    except flags.Error as error:
+        _fail(error)
+    except SystemExit:
+        # absl prints the help within the parse, and then exits as if that were an error.
+        sys.exit(0)
+
+
+def _fail(error: Exception) -> NoReturn:
+    print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+    sys.exit(2)
