@@ -39,6 +39,7 @@ def attend(
     Raises:
         ValueError: the shapes or dtypes do not fit together.
     """
+    _check(q, k, v)
     return attend_p.bind(q, k, v, scale=float(scale))
 
 
@@ -48,15 +49,13 @@ def causal_attention(q, k, v, *, scale: float):
     num_kv_heads = k.shape[2]
     grouped = q.reshape(batch, tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    mask = jnp.tril(jnp.ones((tokens, tokens), bool))
+    mask = jnp.tril(jnp.ones((1, 1, 1, tokens, tokens), bool))
     weights = jax.nn.softmax(jnp.where(mask, scores * scale, -jnp.inf), axis=-1)
     out = jnp.einsum("bkgts,bskd->btkgd", weights, v, preferred_element_type=jnp.float32)
     return out.reshape(q.shape).astype(q.dtype)
 
 
-@attend_p.def_abstract_eval
-def _abstract_eval(q, k, v, *, scale):
-    del scale
+def _check(q, k, v) -> None:
     if k.shape != v.shape or q.ndim != 4 or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(
             "attend expects q [batch, tokens, num_heads, head_dim] and k, v [batch, tokens, num_kv_heads, "
@@ -66,6 +65,11 @@ def _abstract_eval(q, k, v, *, scale):
         raise ValueError(f"num_heads must be a multiple of num_kv_heads; got {q.shape[2]} and {k.shape[2]}.")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attend expects q, k and v of one dtype; got {q.dtype}, {k.dtype}, {v.dtype}.")
+
+
+@attend_p.def_abstract_eval
+def _abstract_eval(q, k, v, *, scale):
+    del k, v, scale
     return ShapedArray(q.shape, q.dtype)
 
 

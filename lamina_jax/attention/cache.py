@@ -1,7 +1,6 @@
 """The paged KV cache: a pool of pages per layer, and the per-step description of who owns which."""
 
 import dataclasses
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ class PagedCache:
     @classmethod
     def zeros(
         cls, *, num_layers: int, num_pages: int, num_kv_heads: int, page_size: int, head_dim: int, dtype: DTypeLike
-    ) -> Self:
+    ) -> "PagedCache":
         shape = (num_layers, num_pages, num_kv_heads, page_size, head_dim)
         return cls(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
 
@@ -47,7 +46,7 @@ class StepTables:
     """Page numbers of each sequence in order; entries past its last page are ignored."""
 
     @classmethod
-    def shapes(cls, batch: int, max_pages: int) -> Self:
+    def shapes(cls, batch: int, max_pages: int) -> "StepTables":
         """The shapes of a bucket's tables, to compile for."""
         shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.int32)  # noqa: E731
         return cls(context_lens=shape(batch), num_new=shape(batch), block_tables=shape(batch, max_pages))
@@ -62,7 +61,7 @@ def append(
 ) -> PagedCache:
     """Writes the step's new keys and values behind what each sequence holds. In place where XLA may reuse `cache`."""
     tokens = k.shape[1]
-    column = jnp.arange(tokens, dtype=jnp.int32)
+    column = jnp.arange(tokens, dtype=jnp.int32)[None, :]
     position = tables.context_lens[:, None] + column
     last = tables.block_tables.shape[1] - 1
     page = jnp.take_along_axis(tables.block_tables, jnp.minimum(position // cache.page_size, last), axis=1)

@@ -6,7 +6,6 @@ exponential overflows; ``weighted`` below is A(I) S(I), so that merging needs no
 """
 
 import dataclasses
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +29,7 @@ class Partial:
         cls,
         scores: Float[Array, "batch num_kv_heads group tokens keys"],
         v: Float[Array, "batch keys num_kv_heads head_dim"],
-    ) -> Self:
+    ) -> "Partial":
         """From scaled float32 scores, -inf where masked. A row may be masked everywhere."""
         batch, num_kv_heads, group, tokens, _ = scores.shape
         maximum = scores.max(axis=-1)

@@ -19,11 +19,12 @@ A row that cannot be used gets a result too, with `error` set to `{"code", "mess
 
 import codecs
 import dataclasses
+import io
 import json
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from typing import Any, BinaryIO, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from .outputs import CompletionOutput, RequestOutput
 from .sampling_params import SamplingParams, ValidationError
@@ -103,7 +104,7 @@ class BatchEngine(Protocol):
 def run_batch(
     llm: BatchEngine,
     lines: Iterable[bytes],
-    output_file: BinaryIO,
+    output_file: io.BufferedIOBase,
     *,
     defaults: SamplingParams,
     model: str,
@@ -237,7 +238,7 @@ class OrderedWriter:
         file: opened for writing in binary.
     """
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: io.BufferedIOBase):
         self._file = file
         self._next = 0
         self._early: dict[int, bytes] = {}

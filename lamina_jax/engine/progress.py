@@ -1,5 +1,6 @@
 """Progress of a run on stderr: requests finished, and tokens a second."""
 
+import io
 import sys
 import time
 from collections.abc import Callable
@@ -28,7 +29,7 @@ class Progress:
         total: int | None = None,
         *,
         use_tqdm: bool = True,
-        file: TextIO | None = None,
+        file: TextIO | io.TextIOBase | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._file = sys.stderr if file is None else file

@@ -9,7 +9,6 @@ ended takes part in the steps that were already under way, and what they sample 
 import dataclasses
 from collections import deque
 from collections.abc import Sequence
-from typing import Self
 
 import numpy as np
 
@@ -74,7 +73,7 @@ class SchedulerLimits:
     num_pages: int
 
     @classmethod
-    def of(cls, *, max_num_seqs: int, max_prefill_tokens: int, page_size: int, num_pages: int) -> Self:
+    def of(cls, *, max_num_seqs: int, max_prefill_tokens: int, page_size: int, num_pages: int) -> "SchedulerLimits":
         largest_batch = bucket_size(max_num_seqs)
         return cls(
             max_num_seqs=max_num_seqs,

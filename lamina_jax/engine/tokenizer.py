@@ -50,7 +50,10 @@ class Tokenizer:
         Raises:
             ValueError: the text has unpaired surrogates.
         """
-        return self.backend.encode(text, add_special_tokens=True).ids
+        try:
+            return self.backend.encode(text, add_special_tokens=True).ids
+        except TypeError as error:  # what the library says to a str that is not UTF-8
+            raise ValueError("The text has unpaired surrogates, which cannot be tokenized.") from error
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD, unknown ids become nothing."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex_core
+from jax._src import source_info_util  # JAX has no public way to keep and show an equation's source line
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from lamina_jax.attention.attend import attend_p
@@ -84,8 +85,10 @@ def read(env: dict[Var, Any], atom: Var | Literal) -> Any:
 
 
 def evaluate_eqn(eqn: JaxprEqn, env: dict[Var, Any]) -> None:
-    """Binds one equation and puts its results into `env`."""
-    with eqn.ctx.manager:
+    """Binds one equation and puts its results into `env`; it keeps its source line and name scope."""
+    source = eqn.source_info
+    scope = source_info_util.current_name_stack() + source.name_stack
+    with source_info_util.user_context(source.traceback, name_stack=scope), eqn.ctx.manager:
         bind_params = eqn.primitive.get_bind_params(eqn.params)
         outs = eqn.primitive.bind(*(read(env, v) for v in eqn.invars), **bind_params)
     env.update(zip(eqn.outvars, outs if eqn.primitive.multiple_results else [outs], strict=True))
@@ -113,7 +116,7 @@ def unsplit(traced: Traced, args: Sequence[Any], attend: AttendHandler) -> list[
 
 def source_line(eqn: JaxprEqn) -> str:
     """``file:line (function)`` of the user's code that made `eqn`, as far as JAX knows."""
-    return jax._src.source_info_util.summarize(eqn.source_info)  # pyright: ignore[reportAttributeAccessIssue]
+    return source_info_util.summarize(eqn.source_info)
 
 
 def _refuse_nested_attend(eqn: JaxprEqn) -> None:

@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,16 +70,17 @@ def test_greedy_below_the_threshold():
 
 
 def test_values_are_stored_as_plain_python():
-    params = SamplingParams(
-        n=np.int32(2),
-        temperature=np.float32(0.5),
-        top_k=np.int64(-1),
-        seed=np.uint32(7),
-        stop=["a", "b"],
-        stop_token_ids=np.array([1, 2]),
-        ignore_eos=np.bool_(True),
-        max_tokens=None,
-    )
+    given: dict[str, Any] = {
+        "n": np.int32(2),
+        "temperature": np.float32(0.5),
+        "top_k": np.int64(-1),
+        "seed": np.uint32(7),
+        "stop": ["a", "b"],
+        "stop_token_ids": np.array([1, 2]),
+        "ignore_eos": np.bool_(True),
+        "max_tokens": None,
+    }
+    params = SamplingParams(**given)
     values = (params.n, params.temperature, params.top_k, params.seed, params.ignore_eos, params.max_tokens)
     assert values == (2, 0.5, -1, 7, True, None)
     assert [type(v) for v in values] == [int, float, int, int, bool, type(None)]

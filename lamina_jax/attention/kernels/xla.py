@@ -14,11 +14,11 @@ class XlaKernel(AttentionKernel):
     def attend_cached(self, q, cache: PagedCache, layer, tables: StepTables, scale) -> Partial:
         k = _gather(cache.k, layer, tables.block_tables)
         v = _gather(cache.v, layer, tables.block_tables)
-        cached = jnp.arange(k.shape[1], dtype=jnp.int32) < tables.context_lens[:, None]
+        cached = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :] < tables.context_lens[:, None]
         return Partial.of_scores(_scores(q, k, scale, mask=cached[:, None, None, None, :]), v)
 
     def attend_new(self, q, k, v, scale) -> Partial:
-        causal = jnp.tril(jnp.ones((q.shape[1], q.shape[1]), bool))
+        causal = jnp.tril(jnp.ones((1, 1, 1, q.shape[1], q.shape[1]), bool))
         return Partial.of_scores(_scores(q, k, scale, mask=causal), v)
 
 

@@ -1,0 +1,171 @@
+"""The conformance suite of attention kernels: every kernel in KERNELS against float64 attention over plain arrays."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lamina_jax.attention.cache import PagedCache, StepTables, append
+from lamina_jax.attention.kernels import KERNELS, get_kernel
+from lamina_jax.attention.merge import merge
+
+TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sequences with something cached and something new, and the shape of the attention."""
+
+    context_lens: tuple[int, ...]
+    num_new: tuple[int, ...]
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 8
+    page_size: int = 4
+    num_layers: int = 2
+    layer: int = 1
+    tokens: int | None = None
+    """Columns of the step; more than max(num_new) is padding."""
+    dtype: str = "float32"
+
+
+CASES = {
+    "decode": Case((1, 5, 17, 4), (1, 1, 1, 1)),
+    "first token": Case((0,), (1,)),
+    "prefill": Case((0, 0, 0), (7, 1, 4)),
+    "prefill of a later piece": Case((3, 8), (5, 6)),
+    "padded rows and columns": Case((2, 9, 0), (3, 1, 0), tokens=8),
+    "mha": Case((6, 3), (1, 1), num_heads=3, num_kv_heads=3),
+    "mqa": Case((6, 3), (2, 1), num_heads=5, num_kv_heads=1),
+    "odd sizes": Case((10, 1), (1, 1), num_heads=9, num_kv_heads=3, head_dim=12, page_size=3),
+    "page of one token": Case((5,), (2,), page_size=1),
+    "bfloat16": Case((5, 30), (1, 1), dtype="bfloat16"),
+    "float16": Case((5, 30), (3, 2), dtype="float16"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """A case with numbers: what each sequence holds, and the paged cache that holds it."""
+
+    case: Case
+    past_k: list[np.ndarray]
+    past_v: list[np.ndarray]
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    cache: PagedCache
+    tables: StepTables
+
+    @classmethod
+    def make(cls, case: Case, seed: int = 0) -> "World":
+        rng = np.random.default_rng(seed)
+        draw = lambda *shape: np.asarray(jnp.asarray(rng.standard_normal(shape), case.dtype))  # noqa: E731
+        batch, tokens = len(case.context_lens), case.tokens or max(case.num_new)
+        past_k, past_v = ([draw(n, case.num_kv_heads, case.head_dim) for n in case.context_lens] for _ in range(2))
+        widths = [-(-(c + n) // case.page_size) for c, n in zip(case.context_lens, case.num_new, strict=True)]
+        num_pages = sum(widths) + 3
+        free = iter(rng.permutation(num_pages))
+        block_tables = rng.integers(0, num_pages, (batch, max(widths) + 2))
+        for row, width in zip(block_tables, widths, strict=True):
+            row[:width] = [next(free) for _ in range(width)]
+        # Noise in every page: reading a token that the sequence does not have must show.
+        shape = (case.num_layers, num_pages, case.num_kv_heads, case.page_size, case.head_dim)
+        pages_k, pages_v = 100 * draw(*shape), 100 * draw(*shape)
+        for b, row in enumerate(block_tables):
+            for position in range(case.context_lens[b]):
+                place = (case.layer, row[position // case.page_size], slice(None), position % case.page_size)
+                pages_k[place], pages_v[place] = past_k[b][position], past_v[b][position]
+        return cls(
+            case=case,
+            past_k=past_k,
+            past_v=past_v,
+            q=jnp.asarray(draw(batch, tokens, case.num_heads, case.head_dim)),
+            k=jnp.asarray(draw(batch, tokens, case.num_kv_heads, case.head_dim)),
+            v=jnp.asarray(draw(batch, tokens, case.num_kv_heads, case.head_dim)),
+            cache=PagedCache(k=jnp.asarray(pages_k), v=jnp.asarray(pages_v)),
+            tables=StepTables(
+                context_lens=jnp.asarray(case.context_lens, jnp.int32),
+                num_new=jnp.asarray(case.num_new, jnp.int32),
+                block_tables=jnp.asarray(block_tables, jnp.int32),
+            ),
+        )
+
+
+def attend_float64(world: World, b: int, t: int, scale: float) -> np.ndarray:
+    """Token t of sequence b over what the sequence holds, up to the token itself."""
+    case = world.case
+    k = np.concatenate([world.past_k[b], np.asarray(world.k[b, : t + 1])]).astype(np.float64)
+    v = np.concatenate([world.past_v[b], np.asarray(world.v[b, : t + 1])]).astype(np.float64)
+    group = case.num_heads // case.num_kv_heads
+    k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+    scores = scale * np.einsum("hd,shd->hs", np.asarray(world.q[b, t]).astype(np.float64), k)
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return np.einsum("hs,shd->hd", weights / weights.sum(axis=1, keepdims=True), v)
+
+
+def run(kernel_name: str, world: World, scale: float):
+    kernel, layer, scale_ = get_kernel(kernel_name), jnp.int32(world.case.layer), jnp.float32(scale)
+
+    @jax.jit
+    def step(cache, q, k, v, tables):
+        both = merge(kernel.attend_cached(q, cache, layer, tables, scale_), kernel.attend_new(q, k, v, scale_))
+        return both.output(q.dtype), append(cache, layer, k, v, tables)
+
+    return step(world.cache, world.q, world.k, world.v, world.tables)
+
+
+def check(kernel_name: str, world: World) -> None:
+    scale = world.case.head_dim**-0.5
+    out, _ = run(kernel_name, world, scale)
+    assert out.dtype == world.q.dtype
+    for b, count in enumerate(world.case.num_new):
+        for t in range(count):
+            expected = attend_float64(world, b, t, scale)
+            np.testing.assert_allclose(
+                np.asarray(out[b, t]).astype(np.float64), expected, atol=TOLERANCE[world.case.dtype], rtol=0
+            )
+
+
+@pytest.mark.parametrize("kernel_name", KERNELS)
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_equals_float64(kernel_name, name):
+    check(kernel_name, World.make(CASES[name]))
+
+
+@pytest.mark.parametrize("kernel_name", KERNELS)
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 5)), min_size=1, max_size=4),
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 3), (4, 4), (8, 1)]),
+    page_size=st.integers(1, 16),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=15, deadline=None)
+def test_kernel_equals_float64_on_random_shapes(kernel_name, rows, heads, page_size, seed):
+    context_lens, num_new = zip(*rows, strict=True)
+    case = Case(context_lens, num_new, num_heads=heads[0], num_kv_heads=heads[1], page_size=page_size)
+    check(kernel_name, World.make(case, seed))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_append_writes_the_new_tokens_and_nothing_else(name):
+    world = World.make(CASES[name])
+    case = world.case
+    _, cache = run("xla", world, 1.0)
+    expected_k, expected_v = np.array(world.cache.k), np.array(world.cache.v)
+    for b, count in enumerate(case.num_new):
+        for t in range(count):
+            page, offset = divmod(case.context_lens[b] + t, case.page_size)
+            place = (case.layer, int(world.tables.block_tables[b, page]), slice(None), offset)
+            expected_k[place], expected_v[place] = world.k[b, t], world.v[b, t]
+    np.testing.assert_array_equal(cache.k, expected_k)
+    np.testing.assert_array_equal(cache.v, expected_v)
+
+
+def test_unknown_kernel_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"Unknown attention kernel 'nope'.*'xla'"):
+        get_kernel("nope")
