@@ -2,6 +2,7 @@
 // nothing but copy the payload in, publish, poll and copy it out. No waiting flag, no sleeping, no checks.
 //
 // usage: raw_ping_pong PAYLOAD_BYTES NUM_SLOTS ROUNDS      prints nanoseconds per round trip
+#include <sched.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -17,8 +18,8 @@
 
 namespace {
 
-using lamina::MessageHeader;
 using lamina::RingHeader;
+using lamina::SlotHeader;
 
 struct Ring {
   RingHeader* header;
@@ -26,8 +27,8 @@ struct Ring {
   std::uint64_t num_slots;
   std::uint64_t slot_bytes;
 
-  char* Slot(std::uint64_t sequence) const {
-    return slots + sequence % num_slots * lamina::SlotStride(slot_bytes);
+  SlotHeader* Slot(std::uint64_t sequence) const {
+    return reinterpret_cast<SlotHeader*>(slots + sequence % num_slots * lamina::SlotStride(slot_bytes));
   }
 };
 
@@ -39,17 +40,26 @@ Ring MakeRing(std::uint64_t num_slots, std::uint64_t slot_bytes) {
   return {header, static_cast<char*>(memory) + sizeof(RingHeader), num_slots, slot_bytes};
 }
 
+// Polls; gives the core away only when that has taken so long that the other process cannot be running.
+template <typename Ready>
+void Await(const Ready& ready) {
+  for (int i = 0; !ready(); ++i) {
+    __builtin_ia32_pause();
+    if (i > 20000) sched_yield();
+  }
+}
+
 void Send(const Ring& ring, std::uint64_t sequence, const std::vector<char>& payload) {
-  while (sequence - ring.header->read_seq.load(std::memory_order_acquire) >= ring.num_slots) __builtin_ia32_pause();
-  char* slot = ring.Slot(sequence);
-  reinterpret_cast<MessageHeader*>(slot)->sequence = sequence;
-  std::memcpy(slot + sizeof(MessageHeader), payload.data(), payload.size());
-  ring.header->write_seq.store(sequence + 1, std::memory_order_release);
+  Await([&] { return sequence - ring.header->read_seq.load(std::memory_order_acquire) < ring.num_slots; });
+  SlotHeader* slot = ring.Slot(sequence);
+  std::memcpy(slot + 1, payload.data(), payload.size());
+  slot->published.store(sequence + 1, std::memory_order_release);
 }
 
 void Recv(const Ring& ring, std::uint64_t sequence, std::vector<char>& payload) {
-  while (ring.header->write_seq.load(std::memory_order_acquire) <= sequence) __builtin_ia32_pause();
-  std::memcpy(payload.data(), ring.Slot(sequence) + sizeof(MessageHeader), payload.size());
+  const SlotHeader* slot = ring.Slot(sequence);
+  Await([&] { return slot->published.load(std::memory_order_acquire) == sequence + 1; });
+  std::memcpy(payload.data(), slot + 1, payload.size());
   ring.header->read_seq.store(sequence + 1, std::memory_order_release);
 }
 

@@ -41,8 +41,8 @@ ffi::AnyBuffer At(const ffi::RemainingArgs& tensors, std::size_t i) { return *te
 ffi::AnyBuffer At(const ffi::RemainingRets& tensors, std::size_t i) { return **tensors.get<ffi::AnyBuffer>(i); }
 
 template <typename Tensors>
-MessageHeader Describe(std::int32_t tag, const Stamp& stamp, const Tensors& tensors) {
-  MessageHeader message;
+Message Describe(std::int32_t tag, const Stamp& stamp, const Tensors& tensors) {
+  Message message;
   message.tag = tag;
   message.step = stamp.typed_data()[0];
   message.layer = stamp.typed_data()[1];

@@ -1,10 +1,10 @@
 // What the two ends of a channel agree on: the bytes of a ring in shared memory and of a message in it.
 //
 //   [RingHeader] [slot 0] [slot 1] ... [slot num_slots - 1]
-//   slot = [MessageHeader] [tensor 0] [padding] [tensor 1] [padding] ...      (slot_bytes after the header)
+//   slot = [SlotHeader] [tensor 0] [padding] [tensor 1] [padding] ...      (slot_bytes after the header)
 //
-// Message n lies in slot n % num_slots. A tensor is dense and row-major and starts on a cache line. Everything is in
-// the byte order of the host, which both ends share.
+// Message n (from 0) lies in slot n % num_slots. A tensor is dense and row-major and starts on a cache line. Everything
+// is in the byte order of the host, which both ends share.
 #pragma once
 
 #include <atomic>
@@ -19,14 +19,20 @@ inline constexpr std::uint32_t kRingVersion = 1;
 
 inline constexpr std::uint64_t AlignToLine(std::uint64_t bytes) { return (bytes + kLine - 1) & ~(kLine - 1); }
 
-struct alignas(kLine) MessageHeader {
-  std::uint64_t sequence = 0;       // 0 for the first message of the ring
+struct Message {
   std::uint64_t payload_bytes = 0;  // all tensors, each padded to whole cache lines
   std::uint64_t layout = 0;         // LayoutOf over dtype and size of every tensor, in order
   std::int32_t tag = 0;
   std::int32_t step = 0;
   std::int32_t layer = 0;
   std::uint32_t num_tensors = 0;
+};
+
+// The reader polls `published` of the slot it expects, so that what announces a message and what describes it come over
+// in one cache line.
+struct alignas(kLine) SlotHeader {
+  std::atomic<std::uint64_t> published;  // n + 1 once message n is complete; 0 before the first
+  Message message;
 };
 
 // Folds one more tensor into a fingerprint, so that two tensors swapped, or bf16 read as f16, do not go unnoticed.
@@ -56,21 +62,19 @@ struct RingHeader {
   std::atomic<std::uint32_t> pids[2];  // by Role; 0 while that end is not taken
   std::atomic<std::uint32_t> stop;
 
-  alignas(kLine) std::atomic<std::uint64_t> write_seq;  // messages written so far; only the writer stores
-  alignas(kLine) std::atomic<std::uint64_t> read_seq;   // messages read so far; only the reader stores
-  SleepWord sleep[2];                                   // by Role of the sleeper
+  alignas(kLine) std::atomic<std::uint64_t> read_seq;  // messages read so far; only the reader stores
+  SleepWord sleep[2];                                  // by Role of the sleeper
 };
 
-static_assert(sizeof(MessageHeader) == kLine);
-static_assert(offsetof(MessageHeader, num_tensors) == 36);
-static_assert(sizeof(RingHeader) == 5 * kLine);
+static_assert(sizeof(SlotHeader) == kLine && sizeof(Message) == 32);
+static_assert(offsetof(SlotHeader, message) == 8 && offsetof(Message, num_tensors) == 28);
+static_assert(sizeof(RingHeader) == 4 * kLine);
 static_assert(offsetof(RingHeader, pids) == 24 && offsetof(RingHeader, stop) == 32);
-static_assert(offsetof(RingHeader, write_seq) == kLine && offsetof(RingHeader, read_seq) == 2 * kLine);
-static_assert(offsetof(RingHeader, sleep) == 3 * kLine);
+static_assert(offsetof(RingHeader, read_seq) == kLine && offsetof(RingHeader, sleep) == 2 * kLine);
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free && std::atomic<std::uint32_t>::is_always_lock_free,
               "an atomic with a lock would not work between processes");
 
-inline constexpr std::uint64_t SlotStride(std::uint64_t slot_bytes) { return sizeof(MessageHeader) + slot_bytes; }
+inline constexpr std::uint64_t SlotStride(std::uint64_t slot_bytes) { return sizeof(SlotHeader) + slot_bytes; }
 
 inline constexpr std::uint64_t RingBytes(std::uint64_t num_slots, std::uint64_t slot_bytes) {
   return sizeof(RingHeader) + num_slots * SlotStride(slot_bytes);

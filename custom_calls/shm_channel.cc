@@ -110,8 +110,7 @@ std::string Mismatch(const char* what, std::int64_t expected, std::int64_t got) 
 }
 
 // Empty if `got` is what `expected` describes.
-std::string Difference(const MessageHeader& expected, const MessageHeader& got) {
-  if (got.sequence != expected.sequence) return Mismatch("sequence", expected.sequence, got.sequence);
+std::string Difference(const Message& expected, const Message& got) {
   if (got.tag != expected.tag) {
     return "it is not the message that was expected: expected " + TagName(expected.tag) + ", got " + TagName(got.tag) +
            " (step " + std::to_string(got.step) + ", layer " + std::to_string(got.layer) + ")";
@@ -197,7 +196,7 @@ std::shared_ptr<ShmChannel> ShmChannel::Attach(EndOptions options, const std::st
   return std::shared_ptr<ShmChannel>(new ShmChannel(std::move(options), std::move(mapping), num_slots, slot_bytes));
 }
 
-Status ShmChannel::Reserve(MessageHeader message, char** payload) {
+Status ShmChannel::Reserve(const Message& message, char** payload) {
   if (Status status = Begin(message); !status.ok()) return status;
   if (message.payload_bytes > slot_bytes_) {
     return Fail(message, Code::kFailedPrecondition,
@@ -205,31 +204,30 @@ Status ShmChannel::Reserve(MessageHeader message, char** payload) {
                     std::to_string(slot_bytes_));
   }
   if (Status status = AwaitReady(message); !status.ok()) return status;
-  message.sequence = next_;
-  char* const slot = Slot();
-  *reinterpret_cast<MessageHeader*>(slot) = message;
-  *payload = slot + sizeof(MessageHeader);
+  SlotHeader* const slot = Slot();
+  slot->message = message;
+  *payload = reinterpret_cast<char*>(slot + 1);
   return {};
 }
 
-void ShmChannel::Publish() { Step(ring_->write_seq); }
+void ShmChannel::Publish() { Advance(Slot()->published); }
 
-Status ShmChannel::Peek(const MessageHeader& expected, const char** payload) {
+Status ShmChannel::Peek(const Message& expected, const char** payload) {
   if (Status status = Begin(expected); !status.ok()) return status;
   if (Status status = AwaitReady(expected); !status.ok()) return status;
-  const char* const slot = Slot();
-  MessageHeader wanted = expected;
-  wanted.sequence = next_;
-  const std::string difference = Difference(wanted, *reinterpret_cast<const MessageHeader*>(slot));
+  const SlotHeader* const slot = Slot();
+  const std::uint64_t published = slot->published.load(std::memory_order_relaxed);
+  const std::string difference =
+      published == next_ + 1 ? Difference(expected, slot->message) : Mismatch("sequence", next_, published - 1);
   if (!difference.empty()) return Fail(expected, Code::kFailedPrecondition, difference);
-  *payload = slot + sizeof(MessageHeader);
+  *payload = reinterpret_cast<const char*>(slot + 1);
   return {};
 }
 
-void ShmChannel::Release() { Step(ring_->read_seq); }
+void ShmChannel::Release() { Advance(ring_->read_seq); }
 
 // seq_cst, so that either the peer sees the new sequence before it sleeps or we see that it waits.
-void ShmChannel::Step(std::atomic<std::uint64_t>& sequence) {
+void ShmChannel::Advance(std::atomic<std::uint64_t>& sequence) {
   sequence.store(++next_, std::memory_order_seq_cst);
   const Role peer = PeerRole();
   if (ring_->sleep[static_cast<int>(peer)].waiting.load(std::memory_order_seq_cst) != 0) Wake(peer);
@@ -242,7 +240,7 @@ void ShmChannel::Wake(Role role) {
   FutexWake(sleep.wakeups);
 }
 
-Status ShmChannel::Begin(const MessageHeader& message) {
+Status ShmChannel::Begin(const Message& message) {
   if (busy_.exchange(true, std::memory_order_acquire)) {
     return Fail(message, Code::kFailedPrecondition, "another program is using this end of the channel");
   }
@@ -250,18 +248,18 @@ Status ShmChannel::Begin(const MessageHeader& message) {
   return CheckStop(message);
 }
 
+// The reader: is there anything newer in the slot than what it held one round ago? The writer: is the slot free?
 bool ShmChannel::Ready() {
   if (options_.role == Role::kReader) {
-    if (next_ < peer_seen_) return true;
-    peer_seen_ = ring_->write_seq.load(std::memory_order_seq_cst);
-    return next_ < peer_seen_;
+    const std::uint64_t before = next_ < num_slots_ ? 0 : next_ - num_slots_ + 1;
+    return Slot()->published.load(std::memory_order_seq_cst) != before;
   }
-  if (next_ < peer_seen_ + num_slots_) return true;
-  peer_seen_ = ring_->read_seq.load(std::memory_order_seq_cst);
-  return next_ < peer_seen_ + num_slots_;
+  if (next_ < read_seen_ + num_slots_) return true;
+  read_seen_ = ring_->read_seq.load(std::memory_order_seq_cst);
+  return next_ < read_seen_ + num_slots_;
 }
 
-Status ShmChannel::AwaitReady(const MessageHeader& message) {
+Status ShmChannel::AwaitReady(const Message& message) {
   if (Ready() || SpinUntilReady()) return {};
   return SleepUntilReady(message);
 }
@@ -278,7 +276,7 @@ bool ShmChannel::SpinUntilReady() {
   return false;
 }
 
-Status ShmChannel::SleepUntilReady(const MessageHeader& message) {
+Status ShmChannel::SleepUntilReady(const Message& message) {
   SleepWord& sleep = ring_->sleep[static_cast<int>(options_.role)];
   const auto deadline = Clock::now() + Nanoseconds(options_.timeout_s);
   while (true) {
@@ -299,7 +297,7 @@ Status ShmChannel::SleepUntilReady(const MessageHeader& message) {
   return {};
 }
 
-Status ShmChannel::CheckStop(const MessageHeader& message) {
+Status ShmChannel::CheckStop(const Message& message) {
   const std::uint32_t stop = ring_->stop.load(std::memory_order_seq_cst);
   if (stop == 0) return {};
   const Role mine = options_.role, peer = PeerRole();
@@ -335,7 +333,7 @@ void ShmChannel::Close() {
   Wake(Role::kReader);
 }
 
-Status ShmChannel::Fail(const MessageHeader& message, Code code, const std::string& why) {
+Status ShmChannel::Fail(const Message& message, Code code, const std::string& why) {
   const bool writer = options_.role == Role::kWriter;
   const std::uint32_t pid = peer_pid();
   const std::string peer =

@@ -60,12 +60,12 @@ class ShmChannel {
                                             std::uint64_t slot_bytes);
   ~ShmChannel();
 
-  // Waits for a free slot. `message` needs no sequence. On success *payload has room for message.payload_bytes.
-  Status Reserve(MessageHeader message, char** payload);
+  // Waits for a free slot. On success *payload has room for message.payload_bytes.
+  Status Reserve(const Message& message, char** payload);
   void Publish();
 
-  // Waits for the next message and checks that it is the one described by `expected` (its sequence is ignored).
-  Status Peek(const MessageHeader& expected, const char** payload);
+  // Waits for the next message and checks that it is the one described by `expected`.
+  Status Peek(const Message& expected, const char** payload);
   void Release();
 
   // Ends every operation of both ends, now and later. Any thread may call it.
@@ -84,19 +84,21 @@ class ShmChannel {
   ShmChannel(EndOptions options, std::unique_ptr<Mapping> mapping, std::uint32_t num_slots, std::uint64_t slot_bytes);
 
   Role PeerRole() const { return options_.role == Role::kWriter ? Role::kReader : Role::kWriter; }
-  Status Begin(const MessageHeader& message);
+  Status Begin(const Message& message);
   bool Ready();
-  Status AwaitReady(const MessageHeader& message);
+  Status AwaitReady(const Message& message);
   bool SpinUntilReady();
-  Status SleepUntilReady(const MessageHeader& message);
-  Status CheckStop(const MessageHeader& message);
+  Status SleepUntilReady(const Message& message);
+  Status CheckStop(const Message& message);
   bool PeerDied();
-  void Step(std::atomic<std::uint64_t>& sequence);
+  void Advance(std::atomic<std::uint64_t>& sequence);
   void Wake(Role role);
-  Status Fail(const MessageHeader& message, Code code, const std::string& why);
+  Status Fail(const Message& message, Code code, const std::string& why);
   Status FailedEarlier() const;
   std::string TimeoutReason() const;
-  char* Slot() const { return slots_ + (next_ % num_slots_) * SlotStride(slot_bytes_); }
+  SlotHeader* Slot() const {
+    return reinterpret_cast<SlotHeader*>(slots_ + (next_ % num_slots_) * SlotStride(slot_bytes_));
+  }
 
   const EndOptions options_;
   const std::unique_ptr<Mapping> mapping_;
@@ -106,7 +108,7 @@ class ShmChannel {
   const std::uint64_t slot_bytes_;
 
   std::uint64_t next_ = 0;       // sequence of the message that this end handles next
-  std::uint64_t peer_seen_ = 0;  // the peer's sequence when last read: saves touching the peer's cache line
+  std::uint64_t read_seen_ = 0;  // the writer's copy of read_seq: it touches the reader's cache line only if it must
   int peer_pidfd_ = -1;
   bool peer_gone_ = false;
   std::atomic<bool> busy_{false};

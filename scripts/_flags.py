@@ -22,7 +22,7 @@ class UserError(Exception):
 
 def define_engine_flags() -> None:
     """Defines --model and how it is run."""
-    flags.DEFINE_string("model", None, "Directory of the model: config.json, safetensors, tokenizer.json. Required.")
+    flags.DEFINE_string("model", None, "Directory of the model: config.json, safetensors, tokenizer.json (required).")
     flags.DEFINE_integer("num_attention_workers", 1, "Attention worker processes.", lower_bound=1)
     flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16", "float16"], "auto takes the checkpoint's own.")
     flags.DEFINE_integer(

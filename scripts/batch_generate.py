@@ -16,8 +16,8 @@ import _flags
 from absl import flags
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("input_file", None, "Batch file to read. Required.")
-flags.DEFINE_string("output_file", None, "File to write the results to. Required.")
+flags.DEFINE_string("input_file", None, "Batch file to read (required).")
+flags.DEFINE_string("output_file", None, "File to write the results to (required).")
 flags.DEFINE_bool("overwrite", False, "Replace an output file that exists.")
 _flags.define_engine_flags()
 _flags.define_sampling_flags()

@@ -12,8 +12,12 @@ import jax
 import jax.extend.core as jex_core
 import jax.numpy as jnp
 from jax.core import ShapedArray
+from jax.extend import source_info_util
 from jax.interpreters import ad, mlir
 from jaxtyping import Array, Float
+
+# Errors about an attend should name the line of the model that calls it.
+source_info_util.register_exclusion(__file__)
 
 attend_p = jex_core.Primitive("attend")
 

@@ -1,9 +1,11 @@
 """The paged KV cache: a pool of pages per layer, and the per-step description of who owns which."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int
 
 
@@ -11,6 +13,9 @@ from jaxtyping import Array, DTypeLike, Float, Int
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PagedCache:
     """Keys and values of every layer, in pages; one (page, head) is contiguous, as kernels like to stream it."""
+
+    # JAX makes objects of this class from shapes and placeholders too, which a type checker would refuse.
+    __no_type_check__ = True
 
     k: Float[Array, "layers pages num_kv_heads page_size head_dim"]
     v: Float[Array, "layers pages num_kv_heads page_size head_dim"]
@@ -38,18 +43,22 @@ class PagedCache:
 class StepTables:
     """Where the sequences of one step stand. Rows that only pad a bucket have ``num_new == 0``."""
 
-    context_lens: Int[Array, " batch"]
+    # JAX makes objects of this class from shapes and placeholders too, which a type checker would refuse.
+    __no_type_check__ = True
+
+    context_lens: Int[Array | np.ndarray, " batch"]
     """Tokens of each sequence that are in the cache before this step."""
-    num_new: Int[Array, " batch"]
+    num_new: Int[Array | np.ndarray, " batch"]
     """How many of the step's `tokens` columns are real; the rest are padding and never enter the cache."""
-    block_tables: Int[Array, "batch max_pages"]
+    block_tables: Int[Array | np.ndarray, "batch max_pages"]
     """Page numbers of each sequence in order; entries past its last page are ignored."""
 
     @classmethod
     def shapes(cls, batch: int, max_pages: int) -> "StepTables":
         """The shapes of a bucket's tables, to compile for."""
-        shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.int32)  # noqa: E731
-        return cls(context_lens=shape(batch), num_new=shape(batch), block_tables=shape(batch, max_pages))
+        names = {"context_lens": (batch,), "num_new": (batch,), "block_tables": (batch, max_pages)}
+        fields: Any = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in names.items()}
+        return cls(**fields)
 
 
 def append(

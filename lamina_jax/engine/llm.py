@@ -8,7 +8,7 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ Prompt = str | Mapping[str, Any]
 
 # Steps that are under way while the host looks at an older one: the device never waits for the host.
 _STEPS_AHEAD = 1
+# How long an interrupted call waits for the steps under way before it gives the workers up.
+_DRAIN_S = 2.0
 
 _logger = logging.getLogger(__name__)
 
@@ -74,6 +76,7 @@ class LLM:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="lamina reader")
         self._requests = itertools.count()
         self._closed_because: str | None = None
+        self._busy = False
         with contextlib.ExitStack() as undo:
             # Workers start up while the weights are read.
             pool = None
@@ -104,7 +107,7 @@ class LLM:
 
     def close(self) -> None:
         """Ends the attention workers. The LLM cannot be used afterwards; may be called twice."""
-        self._closed_because = self._closed_because or "it was closed"
+        self._closed_because = self._closed_because or "it was closed."
         self._close_executor()
         self._reader.shutdown(wait=False, cancel_futures=True)
 
@@ -145,7 +148,7 @@ class LLM:
 
     def stream(
         self, requests: Iterable[tuple[Prompt, SamplingParams]], *, use_tqdm: bool = False
-    ) -> Iterator[tuple[int, RequestOutput]]:
+    ) -> Generator[tuple[int, RequestOutput]]:
         """Completes requests as they come: takes the next one when there is room for it, yields each when it ends.
 
         Args:
@@ -168,7 +171,7 @@ class LLM:
         if isinstance(given, SamplingParams):
             return [given] * count
         if len(given) != count:
-            raise ValueError(f"Got {count} prompts but {len(given)} sampling_params; give one for all, or one for each.")
+            raise ValueError(f"Got {count} prompts but {len(given)} sampling_params; give one, or one for each.")
         return list(given)
 
     def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
@@ -198,9 +201,11 @@ class LLM:
                 return prompt.get("prompt"), _checked_ids(prompt["prompt_token_ids"])
             prompt = prompt.get("prompt")  # pyright: ignore[reportAssignmentType]
         if not isinstance(prompt, str):
-            raise ValueError('A prompt must be a string, {"prompt": text} or {"prompt_token_ids": [...]}, got ' f"{prompt!r}.")
+            raise ValueError(
+                f'A prompt must be a string, {{"prompt": text}} or {{"prompt_token_ids": [...]}}, got {prompt!r}.'
+            )
         if self._tokenizer is None:
-            raise ValueError('The model has no tokenizer.json: give prompts as {"prompt_token_ids": [...]}, not as text.')
+            raise ValueError('The model has no tokenizer.json: give {"prompt_token_ids": [...]} instead of text.')
         return prompt, self._tokenizer.encode(prompt)
 
     def _check_tokens(self, token_ids: Sequence[int]) -> None:
@@ -216,9 +221,12 @@ class LLM:
         if bad is not None:
             raise ValueError(f"Token id {bad} is out of range: the model's vocabulary has {vocab_size} tokens.")
 
-    def _run(self, requests: Iterator[Request], progress: Progress) -> Iterator[tuple[int, RequestOutput]]:
+    def _run(self, requests: Iterator[Request], progress: Progress) -> Generator[tuple[int, RequestOutput]]:
         if self._closed_because is not None:
-            raise RuntimeError(f"This LLM cannot be used any more: {self._closed_because}.")
+            raise RuntimeError(f"This LLM cannot be used any more: {self._closed_because}")
+        if self._busy:
+            raise RuntimeError("Another generate or stream of this LLM is under way; finish or close that one first.")
+        self._busy = True
         run = _Run(self._worker, self._limits, self._reader, progress)
         try:
             with progress:
@@ -232,7 +240,11 @@ class LLM:
                 raise
             raise shown from error
         finally:
-            run.abandon()
+            # After Ctrl-C, or when the caller wants no more outputs, steps may still be under way.
+            if not run.drain(_DRAIN_S):
+                self._closed_because = "a step did not end after it was interrupted."
+                self.close()
+            self._busy = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,11 +277,17 @@ class _Run:
             if step is None or len(self._in_flight) > _STEPS_AHEAD:
                 yield from self._collect()
 
-    def abandon(self) -> None:
-        """Waits until nothing is under way; errors have been told already, or nobody asks any more."""
+    def drain(self, timeout_s: float) -> bool:
+        """Waits until nothing is under way; False if that took too long. Errors are left to whoever asks next."""
+        deadline = time.monotonic() + timeout_s
         while self._in_flight:
-            with contextlib.suppress(Exception):
-                self._in_flight.popleft().tokens.result()
+            try:
+                self._in_flight.popleft().tokens.result(max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
+                return False
+            except Exception:
+                continue
+        return True
 
     def _take(self, requests: Iterator[Request]) -> None:
         while self._scheduler.has_room and (request := next(requests, None)) is not None:
@@ -320,6 +338,8 @@ def _make_executor(
 
 
 def _checked_ids(token_ids: Any) -> list[int]:
+    if isinstance(token_ids, str) or not isinstance(token_ids, Iterable):
+        raise ValueError(f"prompt_token_ids must be a list of integers, got {token_ids!r}.")
     ids = list(token_ids)
     wrong = next((t for t in ids if not isinstance(t, int | np.integer) or isinstance(t, bool)), None)
     if wrong is not None:

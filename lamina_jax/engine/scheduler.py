@@ -153,7 +153,8 @@ class Scheduler:
             if not sequence.in_prefill:
                 continue
             longest_with = max(longest, self._piece(sequence))
-            if bucket_size(len(group) + 1) * bucket_size(longest_with, _MIN_TOKENS) > self._limits.max_step_tokens and group:
+            size = bucket_size(len(group) + 1) * bucket_size(longest_with, _MIN_TOKENS)
+            if group and size > self._limits.max_step_tokens:
                 break
             group.append(sequence)
             longest = longest_with

@@ -123,7 +123,9 @@ def cut(traced: Traced) -> Partition:
     if any(isinstance(v, Literal) for v in jaxpr.outvars):
         raise ValueError("An output of the model does not depend on its inputs; it cannot be produced by a slice.")
 
-    body = [[e for e in eqns if e.primitive is not attend_p and stages[e.outvars[0]] == i] for i in range(len(attends) + 1)]
+    body: list[list[JaxprEqn]] = [[] for _ in range(len(attends) + 1)]
+    for eqn in _without(eqns, attends):
+        body[stages[eqn.outvars[0]]].append(eqn)
     weight_index = {v: i for i, v in enumerate(weight_vars)}
     programs: dict[str, SliceProgram] = {}
     plans: list[tuple[int, SliceProgram]] = []
@@ -139,7 +141,7 @@ def cut(traced: Traced) -> Partition:
     for _, program in plans:
         for v in program.writes:
             values.setdefault(v, len(values))
-    outputs = tuple(values[v] for v in jaxpr.outvars)
+    outputs = tuple(values[v] for v in _variables(jaxpr.outvars))
     return Partition(
         programs=tuple(programs.values()),
         slices=_slices(plans, weight_index, values, outputs),
@@ -230,7 +232,10 @@ def _slice_program(
 
 
 def _slices(
-    plans: list[tuple[int, SliceProgram]], weight_index: dict[Var, int], values: dict[Var, int], outputs: tuple[int, ...]
+    plans: list[tuple[int, SliceProgram]],
+    weight_index: dict[Var, int],
+    values: dict[Var, int],
+    outputs: tuple[int, ...],
 ) -> tuple[Slice, ...]:
     slices: list[Slice] = []
     alive = set(outputs)

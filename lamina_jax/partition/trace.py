@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex_core
-from jax._src import source_info_util  # JAX has no public way to keep and show an equation's source line
+from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from lamina_jax.attention.attend import attend_p

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections import deque
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ class AttentionWorker:
             head_dim=config.head_dim,
             dtype=config.dtype,
         )
-        self._in_flight: deque[jax.Array] = deque()
+        self._in_flight: deque[Any] = deque()
 
     def prepare(self, bucket: Bucket) -> None:
         """Compiles the step of a bucket, unless that was done before."""

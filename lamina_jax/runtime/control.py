@@ -24,7 +24,6 @@ class ControlServer:
         self.address = f"ipc://{self._directory}/control"
         self._socket = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.bind(self.address)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromWorker)
@@ -75,4 +74,3 @@ class ControlClient:
     def remove_files(self) -> None:
         """Removes the engine's socket directory, when the engine died and cannot."""
         shutil.rmtree(os.path.dirname(self._address.removeprefix("ipc://")), ignore_errors=True)
-

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from lamina_jax import partition
 from lamina_jax.attention.cache import PagedCache, StepTables, append
 from lamina_jax.attention.kernels import get_kernel
 from lamina_jax.attention.merge import merge
-from lamina_jax.runtime.messages import AttentionWorkerConfig, Bucket, Configure, Prepare, RunStep
+from lamina_jax.runtime.messages import AttentionWorkerConfig, Bucket, Configure, RunStep
 from lamina_jax.runtime.plan import StepPlan
 from lamina_jax.runtime.pool import AttentionWorkerPool
 from lamina_jax.runtime.stamps import first_stamp, next_layer, next_step
@@ -109,7 +110,9 @@ class UnsplitExecutor(Executor):
         traced = self._model.traced(bucket.batch, bucket.tokens)
         inputs = _input_shapes(bucket.batch, bucket.tokens)
         step = jax.jit(functools.partial(self._step, traced), donate_argnums=0)
-        self._compiled[bucket] = step.lower(self._cache, self._model.params, inputs, StepTables.shapes(bucket.batch, bucket.max_pages)).compile()
+        self._compiled[bucket] = step.lower(
+            self._cache, self._model.params, inputs, StepTables.shapes(bucket.batch, bucket.max_pages)
+        ).compile()
 
     def forward(self, plan: StepPlan, tokens) -> Array:
         inputs = (tokens, plan.positions, plan.logit_index)
@@ -186,7 +189,7 @@ class SplitExecutor(Executor):
         """
         self._model = model
         self._pool = pool
-        self._stamp: Any = first_stamp()
+        self._stamp = first_stamp()
         self._prepared: set[Bucket] = set()
         self._sliced: dict[tuple[int, int], _SlicedModel] = {}
         site = model.sites[0]
@@ -205,7 +208,7 @@ class SplitExecutor(Executor):
         if shape not in self._sliced:
             traced = self._model.traced(*shape)
             weights = [*self._model.params, *map(jnp.asarray, traced.consts)]
-            self._sliced[shape] = _SlicedModel(partition.cut(traced), weights, self._compile)
+            self._sliced[shape] = _SlicedModel(partition.cut(traced), weights, functools.partial(self._compile, shape))
         self._pool.wait_done()
         self._prepared.add(bucket)
 
@@ -271,17 +274,17 @@ class SplitExecutor(Executor):
             outbox=self._up[worker].address,
         )
 
-    def _compile(self, program: partition.SliceProgram) -> jax.stages.Compiled:
-        shapes = lambda variables: tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in variables)  # noqa: E731
-        run = jax.jit(functools.partial(self._run_slice, program))
-        return run.lower(shapes(program.weights), shapes(program.reads), first_stamp()).compile()
+    def _compile(self, shape: tuple[int, int], program: partition.SliceProgram) -> jax.stages.Compiled:
+        specs = lambda variables: tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in variables)  # noqa: E731
+        run = jax.jit(functools.partial(self._run_slice, shape, program))
+        return run.lower(specs(program.weights), specs(program.reads), first_stamp()).compile()
 
-    def _run_slice(self, program: partition.SliceProgram, weights, reads, stamp):
+    def _run_slice(self, shape: tuple[int, int], program: partition.SliceProgram, weights, reads, stamp):
         attended = None
         if program.attended is None:
             stamp = next_step(stamp)
         else:
-            attended, stamp = self._recv_attended(program.attended.aval.shape, stamp)
+            attended, stamp = self._recv_attended(shape, stamp)
             stamp = next_layer(stamp)
 
         def send_q(q: jax.Array) -> None:
@@ -296,10 +299,10 @@ class SplitExecutor(Executor):
 
         return program.run(weights, reads, attended, send_q=send_q, send_kv=send_kv), stamp
 
-    def _recv_attended(self, shape: tuple[int, ...], stamp):
+    def _recv_attended(self, shape: tuple[int, int], stamp):
         parts = []
         for channel, share in zip(self._up, self._shares, strict=True):
-            spec, _ = self._message_shapes(share, *shape[:2])
+            spec, _ = self._message_shapes(share, *shape)
             (part,), stamp = recv(channel, stamp, [spec], tag=Tag.ATTENDED)
             parts.append(part)
         return jnp.concatenate(parts, axis=2), stamp
@@ -318,7 +321,7 @@ def split_heads(num_heads: int, num_kv_heads: int, num_workers: int) -> list[_He
         )
     group = num_heads // num_kv_heads
     bounds = [worker * num_kv_heads // num_workers for worker in range(num_workers + 1)]
-    return [_Heads(slice(a * group, b * group), slice(a, b)) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [_Heads(slice(a * group, b * group), slice(a, b)) for a, b in itertools.pairwise(bounds)]
 
 
 def _input_shapes(batch: int, tokens: int) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -331,4 +334,3 @@ def _input_shapes(batch: int, tokens: int) -> tuple[jax.ShapeDtypeStruct, ...]:
 
 def _tables(plan: StepPlan) -> StepTables:
     return StepTables(context_lens=plan.context_lens, num_new=plan.num_new, block_tables=plan.block_tables)
-

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lamina_jax.runtime.executor import Executor, Model
+from lamina_jax.runtime.executor import Executor
 from lamina_jax.runtime.messages import Bucket
 from lamina_jax.runtime.plan import StepPlan
 from lamina_jax.runtime.sampler import SamplingMode, SamplingTensors, sample

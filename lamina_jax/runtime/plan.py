@@ -3,7 +3,7 @@
 import dataclasses
 
 import numpy as np
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, Int
 
 from lamina_jax.runtime.messages import Bucket
 from lamina_jax.runtime.sampler import SamplingMode, SamplingTensors

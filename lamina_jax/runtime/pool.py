@@ -131,7 +131,8 @@ class AttentionWorkerPool:
             return
         worker = next(index for index, known in self._peers.items() if known == peer)
         if isinstance(message, Failed):
-            raise WorkerError(f"attention worker {worker} (pid {self._processes[worker].pid}) failed: {message.message}")
+            pid = self._processes[worker].pid
+            raise WorkerError(f"attention worker {worker} (pid {pid}) failed: {message.message}")
         self._pending[worker] -= 1
 
     def _check_alive(self) -> None:

@@ -6,12 +6,11 @@ error names. Each device counts for itself, from the first step on; the two ends
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 
-def first_stamp() -> np.ndarray:
+def first_stamp() -> jax.Array:
     """The stamp before any step."""
-    return np.array([-1, 0], np.int32)
+    return jnp.array([-1, 0], jnp.int32)
 
 
 def next_step(stamp: jax.Array) -> jax.Array:

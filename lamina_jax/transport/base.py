@@ -6,7 +6,7 @@ import enum
 import importlib
 import math
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +128,7 @@ class Channel(abc.ABC):
         num_slots: int = 8,
         slot_bytes: int | None = None,
         timeout_s: float = 60.0,
-    ) -> Self:
+    ) -> "Channel":
         """Makes a channel and takes one end of it.
 
         Args:
@@ -146,7 +146,7 @@ class Channel(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def attach(cls, address: ChannelAddress, *, role: Role, peer: str, timeout_s: float = 60.0) -> Self:
+    def attach(cls, address: ChannelAddress, *, role: Role, peer: str, timeout_s: float = 60.0) -> "Channel":
         """Takes the other end of a channel that a peer created.
 
         Raises:
@@ -196,7 +196,7 @@ class Channel(abc.ABC):
         """The first failure of this end as an exception to raise, or None."""
         return None if self.failure is None else ChannelError(self.failure, peer=self.peer)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Channel":
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -1,7 +1,7 @@
 """Channels through shared memory, between two processes of one host."""
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Literal
 
 import jax
 
@@ -39,7 +39,7 @@ class ShmChannel(Channel):
         slot_bytes: int | None = None,
         timeout_s: float = 60.0,
         spin_us: float = DEFAULT_SPIN_US,
-    ) -> Self:
+    ) -> "ShmChannel":
         """Makes the ring and reserves its memory; see `Channel.create`.
 
         Args:
@@ -77,7 +77,7 @@ class ShmChannel(Channel):
         peer: str,
         timeout_s: float = 60.0,
         spin_us: float = DEFAULT_SPIN_US,
-    ) -> Self:
+    ) -> "ShmChannel":
         """Takes the free end of the ring at `address`; see `Channel.attach`."""
         if address.kind != "shm":
             raise ValueError(f"expected an address of kind 'shm', got {address.kind!r}")

@@ -1,6 +1,7 @@
 """Merging partial attentions, against one-shot attention in float64."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ def test_merge_of_any_split_equals_one_shot(sizes, spread, seed, order):
     # An empty set is one whose scores are all masked; of_scores needs at least one column.
     parts = [
         partial_of(np.append(scores[:, a:b], np.full((2, 1), -np.inf), 1), np.append(v[a:b], np.zeros((1, 2, 4)), 0))
-        for a, b in zip(bounds, bounds[1:], strict=False)
+        for a, b in itertools.pairwise(bounds)
     ]
     order.shuffle(parts)
     merged = functools.reduce(merge, parts).output(jnp.float32)

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina_jax.engine.sampler import SamplingMode, SamplingTensors, required_mode, sample
 from lamina_jax.engine.sampling_params import SamplingParams
+from lamina_jax.engine.sampling_tensors import build_sampling_tensors, required_mode
+from lamina_jax.runtime.sampler import SamplingMode, sample
 
 DRAWS = 4096
 GREEDY = SamplingParams(temperature=0)
@@ -37,7 +38,7 @@ def tokens_of(logits, rows, positions, *, mode=SamplingMode.FILTERED, batch=None
     logits, positions = np.asarray(logits, np.float32), np.asarray(positions, np.int32)
     logits = np.pad(logits, ((0, batch - len(rows)), (0, 0)))
     positions = np.pad(positions, (0, batch - len(rows)))
-    tokens = jitted(mode)(jnp.asarray(logits), SamplingTensors.build(rows, batch), jnp.asarray(positions))
+    tokens = jitted(mode)(jnp.asarray(logits), build_sampling_tensors(rows, batch), jnp.asarray(positions))
     assert tokens.dtype == jnp.int32
     return np.asarray(tokens)[: len(rows)]
 
@@ -45,7 +46,7 @@ def tokens_of(logits, rows, positions, *, mode=SamplingMode.FILTERED, batch=None
 def draws(logits, params, *, seed=0, mode=SamplingMode.FILTERED) -> np.ndarray:
     """DRAWS tokens from the same logits, at positions 0, 1, ..."""
     logits = np.asarray(logits, np.float32)
-    row = SamplingTensors.build([(params, seed, 0)], 1)
+    row = build_sampling_tensors([(params, seed, 0)], 1)
     tensors = jax.tree.map(lambda x: np.repeat(x, DRAWS), row)
     return np.asarray(jitted(mode)(jnp.asarray(np.tile(logits, (DRAWS, 1))), tensors, jnp.arange(DRAWS)))
 
@@ -62,7 +63,7 @@ def reference(logits, params, *, slack=0.0) -> np.ndarray:
         ranked = np.sort(weights)[::-1]
         reached = int(np.searchsorted(np.cumsum(ranked), params.top_p + slack))
         weights[weights < ranked[min(reached, len(ranked) - 1)]] = 0
-    weights[weights < params.min_p * weights.max() - slack] = 0
+    weights[weights < min(params.min_p * weights.max() - slack, weights.max())] = 0
     return weights / weights.sum()
 
 
@@ -187,16 +188,16 @@ def test_required_mode():
 
 
 def test_build_pads_with_greedy_rows_and_refuses_too_many():
-    tensors = SamplingTensors.build([(ROWS[0], -1, 3)], 2)
+    tensors = build_sampling_tensors([(ROWS[0], -1, 3)], 2)
     assert tensors.temperature.tolist() == [np.float32(0.8), 0]
     assert (tensors.top_k.tolist(), tensors.index.tolist()) == ([5, 0], [3, 0])
     assert [x.dtype for x in jax.tree.leaves(tensors)] == ["float32", "int32", "float32", "float32", "uint32", "uint32"]
     with pytest.raises(ValueError, match="bucket of 1 rows cannot hold 2"):
-        SamplingTensors.build([(GREEDY, 0, 0)] * 2, 1)
+        build_sampling_tensors([(GREEDY, 0, 0)] * 2, 1)
 
 
 def test_can_be_lowered_from_shapes_alone():
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), SamplingTensors.build([], 4))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), build_sampling_tensors([], 4))
     logits, positions = jax.ShapeDtypeStruct((4, 32), jnp.float32), jax.ShapeDtypeStruct((4,), jnp.int32)
     lowered = jitted(SamplingMode.FILTERED).lower(logits, shapes, positions)
     assert "stablehlo.sort" not in lowered.as_text()

@@ -172,7 +172,22 @@ def test_tokens_after_a_stop_change_nothing():
 
 def test_bytes_that_turn_out_to_be_no_text():
     """The decoder takes back the "a" that it gave for the byte 0x61 once a bad byte follows."""
-    token_ids = [9 + 0x61, 9 + 0xE4, 6, 7, 6]  # <0x61> <0xE4> b stop b
+    b, stop = 6, 7
+    token_ids = [byte(0x61), byte(0xE4), b, byte(0xE9), byte(0xBB), byte(0x83), b, stop]
     detokenizer = Detokenizer(BYTE_FALLBACK, stop=["stop"])
-    assert [detokenizer.feed(t) for t in token_ids] == [None, None, None, "stop", "stop"]
-    assert detokenizer.text == REPLACEMENT * 2 + "b"
+    texts = []
+    for token_id in token_ids:
+        detokenizer.feed(token_id)
+        texts.append(detokenizer.text)
+    bad = REPLACEMENT * 2
+    assert texts == ["a", "a", f"{bad}b", f"{bad}b", f"{bad}b", f"{bad}b黃", f"{bad}b黃b", f"{bad}b黃b"]
+    assert detokenizer.stop_reason == "stop"
+
+
+def test_a_stop_string_in_text_that_changed():
+    detokenizer = run(Detokenizer(BYTE_FALLBACK, stop=[REPLACEMENT * 2]), [byte(0x61)] * 5 + [byte(0xE4), 6])
+    assert (detokenizer.text, detokenizer.stopped) == ("", True)
+
+
+def byte(value: int) -> int:
+    return 9 + value  # the byte tokens follow nine words

@@ -1,6 +1,8 @@
 """The kernel in plain JAX: any XLA device runs it, and every other kernel is compared with it."""
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from lamina_jax.attention.cache import PagedCache, StepTables
@@ -22,7 +24,7 @@ class XlaKernel(AttentionKernel):
         return Partial.of_scores(_scores(q, k, scale, mask=causal), v)
 
 
-def _gather(pages: Array, layer: Array, block_tables: Array) -> Float[Array, "batch keys num_kv_heads head_dim"]:
+def _gather(pages: Array, layer: Array, block_tables: Array | np.ndarray) -> Float[Array, "batch keys num_kv_heads head_dim"]:
     found = pages[layer, block_tables]
     batch, max_pages, num_kv_heads, page_size, head_dim = found.shape
     return jnp.moveaxis(found, 2, 3).reshape(batch, max_pages * page_size, num_kv_heads, head_dim)
@@ -33,4 +35,6 @@ def _scores(q: Array, k: Array, scale: Array, mask: Array) -> Float[Array, "batc
     num_kv_heads = k.shape[2]
     grouped = q.reshape(batch, tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    return jnp.where(mask, scores * scale, -jnp.inf)
+    # Rounded here and nowhere else: a fusion that computes exp(score * scale - maximum) may contract it to one
+    # multiply-add, and whether there is such a fusion depends on the program around the kernel.
+    return jnp.where(mask, jax.lax.optimization_barrier(scores * scale), -jnp.inf)

@@ -1,0 +1,227 @@
+"""The process at the other end of the channels under test, and what both ends know about the messages."""
+
+import contextlib
+import dataclasses
+import itertools
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lamina_jax.transport import Channel, ChannelAddress, Role, Tag, attach, channel_class, make_stamp, recv, send
+
+DTYPES = ("bfloat16", "float16", "float32", "int32")
+LIMIT_S = 60.0  # what no answer of a healthy peer takes
+
+
+@dataclasses.dataclass(frozen=True)
+class Mail:
+    """One message of a test, with contents that follow from `seed`."""
+
+    shapes: tuple[tuple[int, ...], ...] = ((4,),)
+    dtypes: tuple[str, ...] = ("float32",)
+    tag: Tag = Tag.Q
+    step: int = 0
+    layer: int = 0
+    seed: int = 0
+
+    @property
+    def specs(self) -> list[jax.ShapeDtypeStruct]:
+        return [
+            jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
+        ]
+
+    def contents(self) -> list[np.ndarray]:
+        rng = np.random.default_rng(self.seed)
+        return [rng.integers(-100, 100, spec.shape).astype(spec.dtype) for spec in self.specs]
+
+
+def send_all(channel: Channel, mails: Sequence[Mail]) -> None:
+    """Sends in one program."""
+
+    def program(stamp, contents):
+        for before, mail, tensors in zip([None, *mails], mails, contents, strict=False):
+            stamp = send(channel, _advance(stamp, before, mail), tensors, tag=mail.tag)
+        return stamp
+
+    jax.jit(program)(_first(mails), [[jnp.asarray(x) for x in mail.contents()] for mail in mails]).block_until_ready()
+
+
+def recv_all(channel: Channel, mails: Sequence[Mail]) -> list[list[np.ndarray]]:
+    """Receives in one program."""
+
+    def program(stamp):
+        received = []
+        for before, mail in zip([None, *mails], mails, strict=False):
+            tensors, stamp = recv(channel, _advance(stamp, before, mail), mail.specs, tag=mail.tag)
+            received.append(tensors)
+        return received
+
+    return jax.tree.map(np.asarray, jax.jit(program)(_first(mails)))
+
+
+def echo(inbox: Channel, outbox: Channel, mail: Mail, count: int) -> None:
+    """Receives and sends back `count` messages, in one scan."""
+
+    def body(stamp, layer):
+        stamp = stamp.at[1].set(layer)
+        tensors, stamp = recv(inbox, stamp, mail.specs, tag=mail.tag)
+        return send(outbox, stamp, tensors, tag=mail.tag), None
+
+    layers = jnp.arange(count, dtype=jnp.int32)
+    jax.jit(lambda: jax.lax.scan(body, make_stamp(0), layers)[0])().block_until_ready()
+
+
+def ping(outbox: Channel, inbox: Channel, mail: Mail, count: int) -> list[np.ndarray]:
+    """The other side of `echo`: message i holds its contents plus i. Returns what came back, stacked."""
+    contents = [jnp.asarray(x) for x in mail.contents()]
+
+    def body(stamp, layer):
+        stamp = send(outbox, stamp.at[1].set(layer), [x + layer.astype(x.dtype) for x in contents], tag=mail.tag)
+        tensors, stamp = recv(inbox, stamp, mail.specs, tag=mail.tag)
+        return stamp, tensors
+
+    layers = jnp.arange(count, dtype=jnp.int32)
+    return [np.asarray(x) for x in jax.jit(lambda: jax.lax.scan(body, make_stamp(0), layers)[1])()]
+
+
+def _first(mails: Sequence[Mail]) -> jax.Array:
+    return make_stamp(mails[0].step, mails[0].layer)
+
+
+def _advance(stamp: jax.Array, before: Mail | None, mail: Mail) -> jax.Array:
+    """Adds what the stamp lacks: setting it outright would cut the dependence that keeps the order."""
+    if before is None:
+        return stamp
+    return stamp + jnp.asarray([mail.step - before.step, mail.layer - before.layer], jnp.int32)
+
+
+class Peer:
+    """A process that holds other ends of channels and does with them what it is told, one order at a time."""
+
+    def __init__(self, name: str):
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs,), name=name, daemon=True)
+        self._process.start()
+        theirs.close()
+        self._channels = itertools.count()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def start(self, order: str, *arguments: object) -> None:
+        self._connection.send((order, arguments))
+
+    def result(self):
+        """Waits for the answer to the order started before; raises AssertionError with the peer's error."""
+        assert self._connection.poll(LIMIT_S), "the peer process does not answer"
+        fine, value = self._connection.recv()
+        assert fine, value
+        return value
+
+    def do(self, order: str, *arguments: object):
+        self.start(order, *arguments)
+        return self.result()
+
+    def attach(self, address: ChannelAddress, **options) -> int:
+        """Lets the peer take the free end; returns the number by which later orders name it."""
+        number = next(self._channels)
+        role = "reader" if address.creator_role == "writer" else "writer"
+        self.do("attach", number, address, role, options)
+        return number
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def join(self) -> None:
+        """Waits until the process has ended."""
+        self._process.join(LIMIT_S)
+        assert self._process.exitcode is not None
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+
+@contextlib.contextmanager
+def running_peer(name: str) -> Iterator[Peer]:
+    peer = Peer(name)
+    try:
+        yield peer
+    finally:
+        peer.end()
+
+
+class _Orders:
+    """What a peer process can be told."""
+
+    def __init__(self) -> None:
+        self._channels: dict[int, Channel] = {}
+
+    def attach(self, number: int, address: ChannelAddress, role: Role, options: dict) -> None:
+        self._channels[number] = attach(address, role=role, peer="the test", **options)
+
+    def create(self, number: int, kind: str, role: Role, options: dict) -> ChannelAddress:
+        channel = channel_class(kind).create(role=role, peer="the test", messages=[], **options)
+        self._channels[number] = channel
+        return channel.address
+
+    def send(self, number: int, programs: Sequence[Sequence[Mail]], stalls_ms: Sequence[int]) -> None:
+        for mails, stall_ms in zip(programs, stalls_ms, strict=True):
+            time.sleep(stall_ms / 1e3)
+            send_all(self._channels[number], mails)
+
+    def recv(self, number: int, programs: Sequence[Sequence[Mail]], stalls_ms: Sequence[int]) -> list:
+        received = []
+        for mails, stall_ms in zip(programs, stalls_ms, strict=True):
+            time.sleep(stall_ms / 1e3)
+            received.extend(recv_all(self._channels[number], mails))
+        return received
+
+    def echo(self, inbox: int, outbox: int, mail: Mail, count: int) -> None:
+        echo(self._channels[inbox], self._channels[outbox], mail, count)
+
+    def ping(self, outbox: int, inbox: int, mail: Mail, count: int) -> list[np.ndarray]:
+        return ping(self._channels[outbox], self._channels[inbox], mail, count)
+
+    def recv_and_die(self, number: int, mail: Mail) -> None:
+        recv_all(self._channels[number], [mail])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def send_and_die(self, number: int, mails: Sequence[Mail]) -> None:
+        send_all(self._channels[number], mails)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def recv_and_abort(self, number: int, mail: Mail, aborted: int) -> None:
+        recv_all(self._channels[number], [mail])
+        self._channels[aborted].abort()
+
+    def failure(self, number: int) -> str | None:
+        return self._channels[number].failure
+
+    def close(self, number: int) -> None:
+        self._channels.pop(number).close()
+
+
+def _serve(connection: Connection) -> None:
+    jax.config.update("jax_platforms", "cpu")
+    orders = _Orders()
+    with contextlib.suppress(EOFError):
+        while True:
+            order, arguments = connection.recv()
+            try:
+                answer = True, getattr(orders, order)(*arguments)
+            except Exception as error:
+                answer = False, f"{type(error).__name__}: {error}"
+            connection.send(answer)
