@@ -1,10 +1,12 @@
 """Round trips through a pair of shm channels inside one jitted program, against a raw C++ ping-pong.
 
 Both sides run one compiled loop; this one sends and receives, the peer receives and sends back. The raw floor moves the
-same bytes through rings of the same layout. The two alternate, so that a busy moment of the machine hits both.
+same bytes through rings of the same layout. The two alternate, so that a busy moment of the machine hits both, and each
+side has a core to itself.
 """
 
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -17,7 +19,7 @@ import jax.numpy as jnp
 import msgspec
 from absl import app, flags
 
-from lamina_jax.transport import ChannelAddress, MessageSpec, ShmChannel, Tag, make_stamp, recv, send
+from lamina_jax.transport import Channel, ChannelAddress, MessageSpec, ShmChannel, Tag, make_stamp, recv, send
 
 _SIZES = flags.DEFINE_list("sizes", ["2048", "32768", "262144", "1048576"], "Bytes of one message.")
 _REPEATS = flags.DEFINE_integer("repeats", 15, "Measurements of each kind, interleaved.")
@@ -28,6 +30,7 @@ _JSON = flags.DEFINE_string("json", None, "Also write the numbers to this file."
 _PEER = flags.DEFINE_bool("peer", False, "Used by the benchmark itself: be the other side.")
 
 _EXPECTED_US = {2048: 1.0, 32768: 3.0, 262144: 15.0, 1048576: 60.0}
+_ALLOWED = os.sched_getaffinity(0)
 _HERE = pathlib.Path(__file__).resolve().parent
 
 
@@ -39,17 +42,30 @@ class Order(msgspec.Struct):
     num_bytes: int
     rounds: int
     runs: int
+    core: int
 
 
 def spec(num_bytes: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((num_bytes // 4,), jnp.float32)
 
 
+def cores() -> tuple[int, int]:
+    """A core for each side."""
+    allowed = sorted(_ALLOWED)
+    return allowed[0], allowed[-1]
+
+
+def pin(core: int) -> None:
+    """Keeps every thread of this process, and those to come, on one core."""
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(thread), [core])
+
+
 def spin() -> dict[str, float]:
     return {} if _SPIN_US.value is None else {"spin_us": _SPIN_US.value}
 
 
-def make_ping(tx: ShmChannel, rx: ShmChannel, rounds: int):
+def make_ping(tx: Channel, rx: Channel, rounds: int):
     """A compiled loop of `rounds` round trips. float32[n] -> float32[n]"""
 
     def body(_, carry):
@@ -61,7 +77,7 @@ def make_ping(tx: ShmChannel, rx: ShmChannel, rounds: int):
     return jax.jit(lambda x: jax.lax.fori_loop(0, rounds, body, (make_stamp(0), x))[1], donate_argnums=0)
 
 
-def make_pong(rx: ShmChannel, tx: ShmChannel, num_bytes: int, rounds: int):
+def make_pong(rx: Channel, tx: Channel, num_bytes: int, rounds: int):
     """A compiled loop that echoes `rounds` messages."""
 
     def body(_, stamp):
@@ -74,6 +90,7 @@ def make_pong(rx: ShmChannel, tx: ShmChannel, num_bytes: int, rounds: int):
 def run_peer() -> None:
     for line in sys.stdin:
         order = msgspec.json.decode(line, type=Order)
+        pin(order.core)
         with (
             ShmChannel.attach(order.there, role="reader", peer="benchmark", **spin()) as rx,
             ShmChannel.attach(order.back, role="writer", peer="benchmark", **spin()) as tx,
@@ -94,7 +111,7 @@ def build_raw(folder: str) -> str:
 
 
 def measure_raw(program: str, num_bytes: int, rounds: int) -> float:
-    arguments = [program, str(num_bytes), str(_NUM_SLOTS.value), str(rounds)]
+    arguments = [program, str(num_bytes), str(_NUM_SLOTS.value), str(rounds), *(str(core) for core in cores())]
     return float(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout) / 1e3
 
 
@@ -107,7 +124,7 @@ def measure(peer: subprocess.Popen, raw_program: str, num_bytes: int) -> dict[st
     ends = {"peer": "echo", "messages": messages, "num_slots": _NUM_SLOTS.value, **spin()}
     jitted, raw = [], []
     with ShmChannel.create(role="writer", **ends) as tx, ShmChannel.create(role="reader", **ends) as rx:
-        order = Order(tx.address, rx.address, num_bytes, rounds, _REPEATS.value + 1)
+        order = Order(tx.address, rx.address, num_bytes, rounds, _REPEATS.value + 1, cores()[1])
         print(msgspec.json.encode(order).decode(), file=peer.stdin, flush=True)
         x = jnp.ones(num_bytes // 4, jnp.float32)
         ping = make_ping(tx, rx, rounds).lower(x).compile()
@@ -143,6 +160,7 @@ def main(argv: list[str]) -> None:
     if _PEER.value:
         run_peer()
         return
+    pin(cores()[0])
     command = [sys.executable, __file__, "--peer", *([] if _SPIN_US.value is None else [f"--spin_us={_SPIN_US.value}"])]
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -1,7 +1,7 @@
 // The floor for channel_latency.py: two processes pass messages through two rings laid out as in message.h and do
 // nothing but copy the payload in, publish, poll and copy it out. No waiting flag, no sleeping, no checks.
 //
-// usage: raw_ping_pong PAYLOAD_BYTES NUM_SLOTS ROUNDS      prints nanoseconds per round trip
+// usage: raw_ping_pong PAYLOAD_BYTES NUM_SLOTS ROUNDS CORE CORE      prints nanoseconds per round trip
 #include <sched.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
@@ -45,7 +45,7 @@ template <typename Ready>
 void Await(const Ready& ready) {
   for (int i = 0; !ready(); ++i) {
     __builtin_ia32_pause();
-    if (i > 20000) sched_yield();
+    if (i > 1000) sched_yield();
   }
 }
 
@@ -63,10 +63,17 @@ void Recv(const Ring& ring, std::uint64_t sequence, std::vector<char>& payload) 
   ring.header->read_seq.store(sequence + 1, std::memory_order_release);
 }
 
+void PinTo(const char* core) {
+  cpu_set_t cores;
+  CPU_ZERO(&cores);
+  CPU_SET(std::atoi(core), &cores);
+  if (sched_setaffinity(0, sizeof(cores), &cores) != 0) std::abort();
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 4) return 2;
+  if (argc != 6) return 2;
   const std::uint64_t bytes = std::strtoull(argv[1], nullptr, 10);
   const std::uint64_t num_slots = std::strtoull(argv[2], nullptr, 10);
   const std::uint64_t rounds = std::strtoull(argv[3], nullptr, 10);
@@ -76,6 +83,7 @@ int main(int argc, char** argv) {
   const std::uint64_t warm_up = rounds / 10 + 10;
 
   const pid_t child = fork();
+  PinTo(argv[child == 0 ? 5 : 4]);
   if (child == 0) {
     for (std::uint64_t i = 0; i < warm_up + rounds; ++i) {
       Recv(there, i, payload);

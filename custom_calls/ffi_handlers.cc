@@ -32,9 +32,10 @@ ffi::Error ToError(Status status) {
   return ffi::Error::Internal(std::move(status.text));
 }
 
-ffi::Error NoChannel(const char* operation, std::int64_t id) {
-  return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
-                    std::string(operation) + " failed: channel " + std::to_string(id) + " is closed");
+// Numbers are not used twice: a channel that is not there was closed.
+ffi::Error Closed(Role role, const Message& message) {
+  return ffi::Error(ffi::ErrorCode::kAborted,
+                    OperationName(role, message) + " failed: this side has closed the channel");
 }
 
 ffi::AnyBuffer At(const ffi::RemainingArgs& tensors, std::size_t i) { return *tensors.get<ffi::AnyBuffer>(i); }
@@ -68,11 +69,10 @@ void CopyStamp(const Stamp& from, ffi::Result<Stamp>& to) {
 ffi::Error Send(std::int64_t id, std::int32_t tag, Stamp stamp, ffi::RemainingArgs tensors,
                 ffi::Result<Stamp> stamp_out) {
   const std::shared_ptr<ShmChannel> channel = FindChannel(id);
-  if (channel == nullptr) return NoChannel("send", id);
+  const Message message = Describe(tag, stamp, tensors);
+  if (channel == nullptr) return Closed(Role::kWriter, message);
   char* payload = nullptr;
-  if (Status status = channel->Reserve(Describe(tag, stamp, tensors), &payload); !status.ok()) {
-    return ToError(std::move(status));
-  }
+  if (Status status = channel->Reserve(message, &payload); !status.ok()) return ToError(std::move(status));
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     const ffi::AnyBuffer tensor = At(tensors, i);
     Copy(payload, tensor.untyped_data(), tensor.size_bytes());
@@ -86,11 +86,10 @@ ffi::Error Send(std::int64_t id, std::int32_t tag, Stamp stamp, ffi::RemainingAr
 ffi::Error Recv(std::int64_t id, std::int32_t tag, Stamp stamp, ffi::Result<Stamp> stamp_out,
                 ffi::RemainingRets tensors) {
   const std::shared_ptr<ShmChannel> channel = FindChannel(id);
-  if (channel == nullptr) return NoChannel("recv", id);
+  const Message expected = Describe(tag, stamp, tensors);
+  if (channel == nullptr) return Closed(Role::kReader, expected);
   const char* payload = nullptr;
-  if (Status status = channel->Peek(Describe(tag, stamp, tensors), &payload); !status.ok()) {
-    return ToError(std::move(status));
-  }
+  if (Status status = channel->Peek(expected, &payload); !status.ok()) return ToError(std::move(status));
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     const ffi::AnyBuffer tensor = At(tensors, i);
     Copy(tensor.untyped_data(), payload, tensor.size_bytes());

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <linux/futex.h>
 #include <poll.h>
+#include <sched.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -24,6 +25,8 @@ using Clock = std::chrono::steady_clock;
 
 // How often a sleeper looks whether its peer still lives.
 constexpr std::chrono::milliseconds kSlice{100};
+// How long a spin keeps its core to itself.
+constexpr std::chrono::microseconds kPolite{4};
 constexpr char kDirectory[] = "/dev/shm";
 
 [[noreturn]] void ThrowErrno(int error, const std::string& what) {
@@ -130,6 +133,11 @@ std::string Difference(const Message& expected, const Message& got) {
 void NameTag(std::int32_t tag, std::string name) {
   const std::lock_guard<std::mutex> lock(tag_mutex);
   TagNames()[tag] = std::move(name);
+}
+
+std::string OperationName(Role role, const Message& message) {
+  return std::string(role == Role::kWriter ? "send" : "recv") + " of " + TagName(message.tag) + " (step " +
+         std::to_string(message.step) + ", layer " + std::to_string(message.layer) + ")";
 }
 
 // MAP_POPULATE: the first messages should not pay for page faults.
@@ -264,15 +272,18 @@ Status ShmChannel::AwaitReady(const Message& message) {
   return SleepUntilReady(message);
 }
 
-// The clock costs more than a poll: look at it rarely.
+// Polls flat out for a moment, in case the peer runs on another core; then lets others run between looks, in case it
+// waits for this one. The clock costs more than a poll: look at it rarely.
 bool ShmChannel::SpinUntilReady() {
-  const auto end = Clock::now() + Nanoseconds(options_.spin_us * 1e-6);
-  do {
+  const auto start = Clock::now();
+  const auto end = start + Nanoseconds(options_.spin_us * 1e-6);
+  for (auto now = start; now < end; now = Clock::now()) {
+    if (now - start > kPolite) sched_yield();
     for (int i = 0; i < 32; ++i) {
-      CpuRelax();
       if (Ready()) return true;
+      CpuRelax();
     }
-  } while (Clock::now() < end);
+  }
   return false;
 }
 
@@ -338,9 +349,8 @@ Status ShmChannel::Fail(const Message& message, Code code, const std::string& wh
   const std::uint32_t pid = peer_pid();
   const std::string peer =
       options_.peer + (pid == 0 ? " (not attached yet)" : " (pid " + std::to_string(pid) + ")");
-  std::string text = std::string(writer ? "send" : "recv") + " of " + TagName(message.tag) + " (step " +
-                     std::to_string(message.step) + ", layer " + std::to_string(message.layer) + ") " +
-                     (writer ? "to " : "from ") + peer + " failed: " + why;
+  std::string text =
+      OperationName(options_.role, message) + (writer ? " to " : " from ") + peer + " failed: " + why;
   {
     const std::lock_guard<std::mutex> lock(failure_mutex_);
     if (failure_.ok()) failure_ = Status{code, std::move(text)};

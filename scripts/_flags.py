@@ -8,6 +8,11 @@ from typing import Any, NoReturn
 
 from absl import app, flags
 
+from lamina_jax.runtime.errors import WorkerError
+
+# The only platform so far; JAX would look for others, and say so.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 # The flags below then count as the calling script's own, which is what makes --help show them.
 flags.disclaim_key_flags()
 
@@ -23,7 +28,12 @@ class UserError(Exception):
 def define_engine_flags() -> None:
     """Defines --model and how it is run."""
     flags.DEFINE_string("model", None, "Directory of the model: config.json, safetensors, tokenizer.json (required).")
-    flags.DEFINE_integer("num_attention_workers", 1, "Attention worker processes.", lower_bound=1)
+    flags.DEFINE_integer(
+        "num_attention_workers",
+        1,
+        "Processes that hold the KV cache and compute attention; 0 runs the model whole in this process.",
+        lower_bound=0,
+    )
     flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16", "float16"], "auto takes the checkpoint's own.")
     flags.DEFINE_integer(
         "max_model_len",
@@ -73,7 +83,7 @@ def user_errors() -> Iterator[None]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parses the flags and runs the script: exit status 2 for a user's error, 130 for Ctrl-C."""
+    """Parses the flags and runs the script: exit status 2 for a user's error, 1 for a worker's, 130 for Ctrl-C."""
 
     def guarded(arguments: Sequence[str]) -> None:
         try:
@@ -82,6 +92,9 @@ def run(main: Callable[[], None]) -> None:
             main()
         except UserError as error:
             _fail(error)
+        except WorkerError as error:
+            print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+            sys.exit(1)
 
     try:
         app.run(guarded, flags_parser=_parse)

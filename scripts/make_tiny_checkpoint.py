@@ -35,7 +35,7 @@ _TRAIN_SECONDS = flags.DEFINE_float("train_seconds", 0, "Train for this long.", 
 _TRAIN_STEPS = flags.DEFINE_integer("train_steps", 0, "Train for this many steps instead.", lower_bound=0)
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
-BATCH, TOKENS = 16, 128
+BATCH, TOKENS = 4, 128
 PEAK_LEARNING_RATE = 4e-3
 
 
@@ -93,9 +93,17 @@ def model_config(tokenizer: Tokenizer, dtype: str) -> ModelConfig:
 
 
 def token_stream(texts: list[str], tokenizer: Tokenizer, config: ModelConfig, rng: np.random.Generator) -> np.ndarray:
-    """All documents in random order, each between BOS and EOS; int32 [tokens]."""
-    encodings = tokenizer.encode_batch([texts[i] for i in rng.permutation(len(texts))])
-    return np.concatenate([[*encoding.ids, config.eos_token_ids[0]] for encoding in encodings]).astype(np.int32)
+    """All documents in random order, each between BOS and EOS; int32 [tokens].
+
+    Each is cut at one random character before it is encoded, as prompts end anywhere: within a word, or after a space
+    that would otherwise belong to the next token.
+    """
+    order = rng.permutation(len(texts))
+    cuts = [int(rng.integers(len(texts[i]))) for i in order]
+    heads = tokenizer.encode_batch([texts[i][:cut] for i, cut in zip(order, cuts, strict=True)])
+    tails = tokenizer.encode_batch([texts[i][cut:] for i, cut in zip(order, cuts, strict=True)], add_special_tokens=False)
+    end = config.eos_token_ids[0]
+    return np.concatenate([[*h.ids, *t.ids, end] for h, t in zip(heads, tails, strict=True)]).astype(np.int32)
 
 
 def train(model: Llama, stream: np.ndarray, rng: np.random.Generator, *, seconds: float, steps: int) -> None:
@@ -118,7 +126,7 @@ def train(model: Llama, stream: np.ndarray, rng: np.random.Generator, *, seconds
         return optax.apply_updates(params, updates), state, loss
 
     start, done = time.monotonic(), 0
-    bar = tqdm(total=steps or None, desc="training", unit="step")
+    bar = tqdm(total=steps or None, desc="training", unit="step", mininterval=1)
     while (progress := done / steps if steps else (time.monotonic() - start) / seconds) < 1:
         offsets = rng.integers(0, len(stream) - TOKENS, BATCH)
         text = jnp.asarray(stream[offsets[:, None] + np.arange(TOKENS + 1)])
@@ -126,8 +134,8 @@ def train(model: Llama, stream: np.ndarray, rng: np.random.Generator, *, seconds
         rate = PEAK_LEARNING_RATE * min(1.0, (done + 1) / 30) * (1 - progress)
         params, state, loss = step(params, state, text, jnp.float32(rate))
         done += 1
+        bar.set_postfix(loss=f"{float(loss):.2f}", refresh=False)
         bar.update()
-        bar.set_postfix(loss=f"{float(loss):.2f}")
     bar.close()
     nnx.update(model, params)
 

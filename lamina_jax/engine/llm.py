@@ -67,6 +67,11 @@ class LLM:
 
     def __init__(self, model: str | os.PathLike[str], **settings: Any) -> None:
         self._config = config = _engine_config(settings)
+        if jax.default_backend() != "cpu":
+            raise ValueError(
+                f"lamina_jax runs on the CPU, but JAX's default platform is {jax.default_backend()!r}; "
+                "set the environment variable JAX_PLATFORMS=cpu."
+            )
         directory = Path(model)
         self._model_config = ModelConfig.from_file(directory / "config.json")
         self._generation_defaults: GenerationDefaults = load_generation_config(directory)

@@ -160,7 +160,7 @@ class ModelConfig:
 
 def _architecture(fields: Fields) -> str:
     names = fields.raw.get("architectures")
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in list(ARCHITECTURES):
+    if names not in [[name] for name in ARCHITECTURES]:
         supported = ", ".join(ARCHITECTURES)
         raise fields.error("architectures", f"a list of one supported architecture ({supported})", names)
     return names[0]

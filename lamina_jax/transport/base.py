@@ -6,7 +6,7 @@ import enum
 import importlib
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -157,7 +157,7 @@ class Channel(abc.ABC):
     @property
     @abc.abstractmethod
     def address(self) -> ChannelAddress:
-        """What the peer passes to `attach`. Only the creator has one, and only while the channel is open."""
+        """What the peer passes to `attach`, while the creator keeps the channel open. The same at both ends."""
 
     @property
     @abc.abstractmethod
@@ -223,9 +223,17 @@ def channel_class(kind: str) -> type[Channel]:
     return getattr(importlib.import_module(module), name)
 
 
-def attach(address: ChannelAddress, *, role: Role, peer: str, timeout_s: float = 60.0) -> Channel:
-    """Takes the free end of the channel at `address`, of whatever kind it is; see `Channel.attach`."""
-    return channel_class(address.kind).attach(address, role=role, peer=peer, timeout_s=timeout_s)
+def attach(address: ChannelAddress, *, role: Role, peer: str, timeout_s: float = 60.0, **options: Any) -> Channel:
+    """Takes the free end of the channel at `address`, of whatever kind it is; see `Channel.attach`.
+
+    Args:
+        address: What the creator sent.
+        role: The end to take.
+        peer: What errors call the other end.
+        timeout_s: Seconds that one send or recv waits at most.
+        **options: What else this kind of channel takes, e.g. `spin_us` of shm.
+    """
+    return channel_class(address.kind).attach(address, role=role, peer=peer, timeout_s=timeout_s, **options)
 
 
 def largest_message(messages: Sequence[MessageSpec]) -> int:

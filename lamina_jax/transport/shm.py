@@ -24,9 +24,10 @@ class ShmChannel(Channel):
     Make one with `create` in one process, send its `address` to the other, and `attach` there as the same user.
     """
 
-    def __init__(self, handle: _custom_calls.ShmHandle, *, role: Role, peer: str, num_slots: int, slot_bytes: int):
-        super().__init__(role=role, peer=peer, num_slots=num_slots, slot_bytes=slot_bytes)
+    def __init__(self, handle: _custom_calls.ShmHandle, address: ChannelAddress, *, role: Role, peer: str):
+        super().__init__(role=role, peer=peer, num_slots=address.num_slots, slot_bytes=address.slot_bytes)
         self._handle = handle
+        self._address = address
 
     @classmethod
     def create(
@@ -51,22 +52,25 @@ class ShmChannel(Channel):
             timeout_s: Seconds that one send or recv waits at most.
             spin_us: Microseconds that a wait polls before it sleeps.
         """
-        slot_bytes = largest_message(messages) if slot_bytes is None else slot_bytes
-        if num_slots < 1 or slot_bytes < 1:
-            raise ValueError(f"num_slots and slot_bytes must be at least 1, got {num_slots} and {slot_bytes}")
+        room = largest_message(messages) if slot_bytes is None else slot_bytes
+        if num_slots < 1 or room < 1:
+            raise ValueError(f"num_slots and slot_bytes must be at least 1, got {num_slots} and {room}")
         _require_wait(timeout_s, spin_us)
         for message in messages:
-            message.require_fits(slot_bytes)
-        slot_bytes = _custom_calls.align(slot_bytes)
+            message.require_fits(room)
+        room = _custom_calls.align(room)
         handle = _custom_calls.ShmHandle.create(
             writer=role == "writer",
             peer=peer,
             num_slots=num_slots,
-            slot_bytes=slot_bytes,
+            slot_bytes=room,
             timeout_s=timeout_s,
             spin_us=spin_us,
         )
-        return cls(handle, role=role, peer=peer, num_slots=num_slots, slot_bytes=slot_bytes)
+        address = ChannelAddress(
+            kind="shm", location=handle.path, num_slots=num_slots, slot_bytes=room, creator_role=role
+        )
+        return cls(handle, address, role=role, peer=peer)
 
     @classmethod
     def attach(
@@ -91,17 +95,11 @@ class ShmChannel(Channel):
             timeout_s=timeout_s,
             spin_us=spin_us,
         )
-        return cls(handle, role=role, peer=peer, num_slots=address.num_slots, slot_bytes=address.slot_bytes)
+        return cls(handle, address, role=role, peer=peer)
 
     @property
     def address(self) -> ChannelAddress:
-        return ChannelAddress(
-            kind="shm",
-            location=self._handle.path,
-            num_slots=self.num_slots,
-            slot_bytes=self.slot_bytes,
-            creator_role=self.role,
-        )
+        return self._address
 
     @property
     def id(self) -> int:

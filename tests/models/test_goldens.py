@@ -65,5 +65,6 @@ def test_bfloat16_stays_near_float32(golden):
     tokens = _teacher_forced(expected)
     exact = np.asarray(_all_logits(load_model(directory)[1], tokens))
     rounded = np.asarray(_all_logits(load_model(directory, dtype="bfloat16")[1], tokens))
-    error = rounded - exact
-    print("bf16 rms", np.sqrt((error**2).mean()) / exact.std(), abs(error).max())
+    # Measured 1.7 to 2.4 % of the logits' spread over all positions.
+    error = np.sqrt(np.square(rounded - exact).mean())
+    assert error < 0.04 * exact.std()

@@ -34,8 +34,7 @@ class Mail:
     @property
     def specs(self) -> list[jax.ShapeDtypeStruct]:
         return [
-            jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
+            jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
         ]
 
     def contents(self) -> list[np.ndarray]:
