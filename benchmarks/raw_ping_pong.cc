@@ -12,7 +12,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
-#include <vector>
 
 #include "message.h"
 
@@ -20,6 +19,16 @@ namespace {
 
 using lamina::RingHeader;
 using lamina::SlotHeader;
+
+// Aligned like the buffers of XLA.
+struct Payload {
+  explicit Payload(std::uint64_t bytes)
+      : size(bytes), data(static_cast<char*>(std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096))) {
+    std::memset(data, 1, size);
+  }
+  std::uint64_t size;
+  char* data;
+};
 
 struct Ring {
   RingHeader* header;
@@ -49,17 +58,17 @@ void Await(const Ready& ready) {
   }
 }
 
-void Send(const Ring& ring, std::uint64_t sequence, const std::vector<char>& payload) {
+void Send(const Ring& ring, std::uint64_t sequence, const Payload& payload) {
   Await([&] { return sequence - ring.header->read_seq.load(std::memory_order_acquire) < ring.num_slots; });
   SlotHeader* slot = ring.Slot(sequence);
-  std::memcpy(slot + 1, payload.data(), payload.size());
+  std::memcpy(slot + 1, payload.data, payload.size);
   slot->published.store(sequence + 1, std::memory_order_release);
 }
 
-void Recv(const Ring& ring, std::uint64_t sequence, std::vector<char>& payload) {
+void Recv(const Ring& ring, std::uint64_t sequence, Payload& payload) {
   const SlotHeader* slot = ring.Slot(sequence);
   Await([&] { return slot->published.load(std::memory_order_acquire) == sequence + 1; });
-  std::memcpy(payload.data(), slot + 1, payload.size());
+  std::memcpy(payload.data, slot + 1, payload.size);
   ring.header->read_seq.store(sequence + 1, std::memory_order_release);
 }
 
@@ -79,7 +88,7 @@ int main(int argc, char** argv) {
   const std::uint64_t rounds = std::strtoull(argv[3], nullptr, 10);
   const Ring there = MakeRing(num_slots, lamina::AlignToLine(bytes));
   const Ring back = MakeRing(num_slots, lamina::AlignToLine(bytes));
-  std::vector<char> payload(bytes, 1);
+  Payload payload(bytes);
   const std::uint64_t warm_up = rounds / 10 + 10;
 
   const pid_t child = fork();

@@ -34,7 +34,7 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Dtype of the written wei
 _TRAIN_SECONDS = flags.DEFINE_float("train_seconds", 0, "Train for this long.", lower_bound=0)
 _TRAIN_STEPS = flags.DEFINE_integer("train_steps", 0, "Train for this many steps instead.", lower_bound=0)
 
-BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
+SPECIAL_TOKENS = [BOS, EOS] = ["<|begin_of_text|>", "<|end_of_text|>"]
 BATCH, TOKENS = 4, 128
 PEAK_LEARNING_RATE = 4e-3
 
@@ -65,13 +65,13 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=1024,
-        special_tokens=[BOS, EOS],
+        special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+        single=f"{BOS} $A", special_tokens=[(BOS, SPECIAL_TOKENS.index(BOS))]
     )
     return tokenizer
 
@@ -87,8 +87,8 @@ def model_config(tokenizer: Tokenizer, dtype: str) -> ModelConfig:
         head_dim=32,
         max_position_embeddings=1024,
         dtype=dtype,
-        bos_token_id=tokenizer.token_to_id(BOS),
-        eos_token_ids=(tokenizer.token_to_id(EOS),),
+        bos_token_id=SPECIAL_TOKENS.index(BOS),
+        eos_token_ids=(SPECIAL_TOKENS.index(EOS),),
     )
 
 
@@ -101,7 +101,9 @@ def token_stream(texts: list[str], tokenizer: Tokenizer, config: ModelConfig, rn
     order = rng.permutation(len(texts))
     cuts = [int(rng.integers(len(texts[i]))) for i in order]
     heads = tokenizer.encode_batch([texts[i][:cut] for i, cut in zip(order, cuts, strict=True)])
-    tails = tokenizer.encode_batch([texts[i][cut:] for i, cut in zip(order, cuts, strict=True)], add_special_tokens=False)
+    tails = tokenizer.encode_batch(
+        [texts[i][cut:] for i, cut in zip(order, cuts, strict=True)], add_special_tokens=False
+    )
     end = config.eos_token_ids[0]
     return np.concatenate([[*h.ids, *t.ids, end] for h, t in zip(heads, tails, strict=True)]).astype(np.int32)
 

@@ -1,6 +1,7 @@
 """What every model is to the rest of lamina_jax."""
 
 import abc
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -8,6 +9,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
 from lamina_jax.models.config import ModelConfig
+
+ParameterPath = tuple[Any, ...]
+"""Where a parameter is in its module: names of attributes and indices into lists."""
 
 
 class DecoderModel(nnx.Module):
@@ -56,7 +60,7 @@ class DecoderModel(nnx.Module):
 
     @staticmethod
     @abc.abstractmethod
-    def checkpoint_name(path: tuple[str | int, ...]) -> str:
+    def checkpoint_name(path: ParameterPath) -> str:
         """The Hugging Face tensor that holds the parameter at `path` in the module.
 
         Parameters have the tensor's shape, but those called `kernel` are stored transposed, [out, in].

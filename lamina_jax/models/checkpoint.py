@@ -12,12 +12,11 @@ from flax import nnx
 from jax.sharding import Sharding
 from safetensors import SafetensorError, safe_open
 
-from lamina_jax.models.base import DecoderModel
+from lamina_jax.models.base import DecoderModel, ParameterPath
 from lamina_jax.models.config import DTYPES, ModelConfig
 from lamina_jax.models.fields import CheckpointError, Fields, read_json_object
 from lamina_jax.models.registry import model_class
 
-ParameterPath = tuple[str | int, ...]
 Placement = Sharding | Callable[[ParameterPath, tuple[int, ...]], Sharding]
 """Where parameters go: one sharding for all, or a function of a parameter's path in the module and its shape."""
 

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
 from lamina_jax.attention.attend import attend
-from lamina_jax.models.base import DecoderModel
+from lamina_jax.models.base import DecoderModel, ParameterPath
 from lamina_jax.models.config import ModelConfig
 
 
@@ -130,7 +130,7 @@ class Llama(DecoderModel):
         return jax.lax.dot_general(x, table, (((2,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
 
     @staticmethod
-    def checkpoint_name(path: tuple[str | int, ...]) -> str:
+    def checkpoint_name(path: ParameterPath) -> str:
         *owner, leaf = path
         prefix = [] if owner[0] == "lm_head" else ["model"]
         return ".".join([*prefix, *map(str, owner), "bias" if leaf == "bias" else "weight"])

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from lamina_jax.models.atomic import new_directory
-from lamina_jax.models.base import DecoderModel
+from lamina_jax.models.base import DecoderModel, ParameterPath
 from lamina_jax.models.checkpoint import ORBAX_FOLDER, Placement, sharding_of
 from lamina_jax.models.config import ModelConfig
 from lamina_jax.models.fields import CheckpointError
@@ -81,7 +81,7 @@ def _check(folder: Path, checkpointer: ocp.Checkpointer, expected: dict[str, tup
             )
 
 
-def _restore_args(path: tuple[str | int, ...], parameter: Any, placement: Placement | None) -> ocp.RestoreArgs:
+def _restore_args(path: ParameterPath, parameter: Any, placement: Placement | None) -> ocp.RestoreArgs:
     sharding = sharding_of(placement, path, parameter.shape)
     if sharding is None:
         return ocp.RestoreArgs(restore_type=np.ndarray, dtype=parameter.dtype)
@@ -97,5 +97,5 @@ def _damaged(folder: Path, error: Exception | str) -> CheckpointError:
     return CheckpointError(f"{folder}: cannot be restored: {error}. Convert the checkpoint again.")
 
 
-def _name(path: tuple[str | int, ...]) -> str:
+def _name(path: ParameterPath) -> str:
     return ".".join(map(str, path))

@@ -64,7 +64,15 @@ TINY_CONFIGS: dict[str, ModelConfig] = {
 }
 """One config for each thing in which LLaMA models differ. Every one has 256 byte tokens and 512 positions."""
 
-TINY_SEEDS: dict[str, int] = dict.fromkeys(TINY_CONFIGS, 0) | {"mha": 8, "mqa": 23, "gqa": 2, "llama3_rope": 7, "tied": 1, "odd": 9, "bias": 14}
+TINY_SEEDS: dict[str, int] = dict.fromkeys(TINY_CONFIGS, 0) | {
+    "mha": 8,
+    "mqa": 23,
+    "gqa": 2,
+    "llama3_rope": 7,
+    "tied": 1,
+    "odd": 9,
+    "bias": 14,
+}
 """Seeds of the weights that `tests/goldens` was made with: those that no near-tie comes up with."""
 
 

@@ -8,7 +8,7 @@ import json
 import platform
 
 import numpy as np
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 import transformers
 
 PROMPT_LENGTHS = (1, 2, 16, 17, 45, 129, 300)

@@ -1,4 +1,4 @@
-"""Loading checkpoint directories: what comes out, what is refused and with which words, and how much memory it takes."""
+"""Loading checkpoint directories: what comes out, what is refused and how, and how much memory it takes."""
 
 import dataclasses
 import json
@@ -141,8 +141,14 @@ def _index_sends_elsewhere(directory):
         (_index_is("{}"), r"index\.json: field 'weight_map': expected an object .*got nothing"),
         (_index(weight_map={}), r"'weight_map': expected an object .*got \{\}"),
         (_index(weight_map={"a": 1}), r"'weight_map\.a': expected the name of a file beside the index, got 1"),
-        (_index(weight_map={"a": "../b"}), r"'weight_map\.a': expected the name of a file beside the index, got '../b'"),
-        (_index_sends_elsewhere, rf"safetensors: expected tensor '{Q_PROJ}', as .*index\.json says, got no such tensor"),
+        (
+            _index(weight_map={"a": "../b"}),
+            r"'weight_map\.a': expected the name of a file beside the index, got '../b'",
+        ),
+        (
+            _index_sends_elsewhere,
+            rf"safetensors: expected tensor '{Q_PROJ}', as .*index\.json says, got no such tensor",
+        ),
     ],
 )
 def test_bad_shards_and_indices_are_named(sharded, damage, message):
