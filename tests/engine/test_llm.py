@@ -25,7 +25,7 @@ def llm(checkpoint):
         yield llm
 
 
-def generate(llm, prompts, params=GREEDY):
+def generate(llm: LLM, prompts, params: SamplingParams | list[SamplingParams] = GREEDY):
     return llm.generate(prompts, params, use_tqdm=False)
 
 

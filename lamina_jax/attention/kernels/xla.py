@@ -24,7 +24,9 @@ class XlaKernel(AttentionKernel):
         return Partial.of_scores(_scores(q, k, scale, mask=causal), v)
 
 
-def _gather(pages: Array, layer: Array, block_tables: Array | np.ndarray) -> Float[Array, "batch keys num_kv_heads head_dim"]:
+def _gather(
+    pages: Array, layer: Array, block_tables: Array | np.ndarray
+) -> Float[Array, "batch keys num_kv_heads head_dim"]:
     found = pages[layer, block_tables]
     batch, max_pages, num_kv_heads, page_size, head_dim = found.shape
     return jnp.moveaxis(found, 2, 3).reshape(batch, max_pages * page_size, num_kv_heads, head_dim)
