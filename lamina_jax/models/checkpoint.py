@@ -53,7 +53,7 @@ def load_model(
     """Loads a checkpoint directory, one tensor at a time.
 
     Everything that can be checked without reading weights is checked before any is read. Host memory stays below
-    1.3x the weights' size as loaded, given no single tensor is above a third of them.
+    1.3x the weights' size as loaded, given no single tensor is above a quarter of them.
 
     Args:
         directory: holds config.json and either model.safetensors, or model.safetensors.index.json with its shards,

@@ -41,8 +41,12 @@ def test_outputs_come_in_input_order_with_all_fields(llm):
         assert output.finished
         assert len(completion.token_ids) == 12
         assert (completion.finish_reason, completion.stop_reason) == ("length", None)
-        assert output.metrics.num_generated_tokens == 12
-        assert output.metrics.arrival_time <= output.metrics.first_token_time <= output.metrics.finished_time
+        metrics = output.metrics
+        assert metrics is not None
+        assert metrics.num_generated_tokens == 12
+        assert metrics.first_token_time is not None
+        assert metrics.finished_time is not None
+        assert metrics.arrival_time <= metrics.first_token_time <= metrics.finished_time
 
 
 def test_one_prompt_alone(llm):

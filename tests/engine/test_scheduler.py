@@ -27,7 +27,7 @@ def run_to_end(scheduler: Scheduler, *, late: int = 0, ends_early: dict[Sequence
 
     `ends_early` gives the number of tokens after which a sequence turns out to have ended.
     """
-    ends = ends_early or {}
+    ends: dict[SequenceState, int] = ends_early or {}
     got: dict[SequenceState, int] = {}
     under_way = []
     while True:
@@ -41,7 +41,7 @@ def run_to_end(scheduler: Scheduler, *, late: int = 0, ends_early: dict[Sequence
         if step is None or len(under_way) > late:
             for _, s in under_way.pop(0).emits:
                 got[s] = got.get(s, 0) + 1
-                if got[s] == min(ends.get(s, s.max_new_tokens), s.max_new_tokens):
+                if got[s] == (min(ends[s], s.max_new_tokens) if s in ends else s.max_new_tokens):
                     scheduler.finish(s)
 
 
