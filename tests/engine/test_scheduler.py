@@ -58,7 +58,8 @@ def test_prefill_then_decode():
     assert first.plan.tokens is not None
     np.testing.assert_array_equal(first.plan.tokens[0, :5], [1, 2, 3, 4, 5])
     assert first.plan.num_new.tolist() == [5]
-    assert [step.plan.context_lens.tolist() for step in rest] == [[5], [6]]
+    assert [step.plan.context_lens[0] for step in rest] == [5, 6]
+    assert [step.plan.num_new.tolist() for step in rest] == [[1, 0], [1, 0]]
     assert all(step.plan.tokens is None for step in rest)
 
 
