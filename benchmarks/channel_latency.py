@@ -70,8 +70,8 @@ def make_ping(tx: Channel, rx: Channel, rounds: int):
 
     def body(_, carry):
         stamp, x = carry
-        stamp = send(tx, stamp, [x], tag=Tag.Q)
-        (x,), stamp = recv(rx, stamp, [jax.ShapeDtypeStruct(x.shape, x.dtype)], tag=Tag.ATTENDED)
+        stamp = send([tx], stamp, [x], tag=Tag.Q)
+        (x,), stamp = recv([rx], stamp, [jax.ShapeDtypeStruct(x.shape, x.dtype)], tag=Tag.ATTENDED)
         return stamp, x
 
     return jax.jit(lambda x: jax.lax.fori_loop(0, rounds, body, (make_stamp(0), x))[1], donate_argnums=0)
@@ -81,8 +81,8 @@ def make_pong(rx: Channel, tx: Channel, num_bytes: int, rounds: int):
     """A compiled loop that echoes `rounds` messages."""
 
     def body(_, stamp):
-        (x,), stamp = recv(rx, stamp, [spec(num_bytes)], tag=Tag.Q)
-        return send(tx, stamp, [x], tag=Tag.ATTENDED)
+        (x,), stamp = recv([rx], stamp, [spec(num_bytes)], tag=Tag.Q)
+        return send([tx], stamp, [x], tag=Tag.ATTENDED)
 
     return jax.jit(lambda: jax.lax.fori_loop(0, rounds, body, make_stamp(0)))
 

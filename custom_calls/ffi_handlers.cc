@@ -7,6 +7,7 @@
 
 #include "registry.h"
 #include "shm_channel.h"
+#include "timeline.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace lamina {
@@ -14,7 +15,8 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-using Stamp = ffi::BufferR1<ffi::S32>;  // [step, layer]
+using Stamp = ffi::BufferR1<ffi::S32>;  // [step, layer, batch]
+using ChannelIds = ffi::Span<const std::int64_t>;  // by batch
 
 ffi::Error ToError(Status status) {
   switch (status.code) {
@@ -32,8 +34,15 @@ ffi::Error ToError(Status status) {
   return ffi::Error::Internal(std::move(status.text));
 }
 
-// Numbers are not used twice: a channel that is not there was closed.
-ffi::Error Closed(Role role, const Message& message) {
+// The channel of the message's batch. Numbers are not used twice: one that is not there was closed.
+ffi::Error Choose(ChannelIds channels, Role role, const Message& message, std::shared_ptr<ShmChannel>* channel) {
+  if (message.batch < 0 || static_cast<std::size_t>(message.batch) >= channels.size()) {
+    return ffi::Error(ffi::ErrorCode::kOutOfRange, OperationName(role, message) + " failed: the program has " +
+                                                       std::to_string(channels.size()) +
+                                                       " channel(s), one per batch from 0");
+  }
+  *channel = FindChannel(channels.begin()[message.batch]);
+  if (*channel != nullptr) return ffi::Error::Success();
   return ffi::Error(ffi::ErrorCode::kAborted,
                     OperationName(role, message) + " failed: this side has closed the channel");
 }
@@ -47,6 +56,7 @@ Message Describe(std::int32_t tag, const Stamp& stamp, const Tensors& tensors) {
   message.tag = tag;
   message.step = stamp.typed_data()[0];
   message.layer = stamp.typed_data()[1];
+  message.batch = stamp.typed_data()[2];
   message.num_tensors = static_cast<std::uint32_t>(tensors.size());
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     const ffi::AnyBuffer tensor = At(tensors, i);
@@ -63,39 +73,45 @@ void Copy(void* to, const void* from, std::size_t bytes) {
 }
 
 void CopyStamp(const Stamp& from, ffi::Result<Stamp>& to) {
-  std::memcpy(to->typed_data(), from.typed_data(), 2 * sizeof(std::int32_t));
+  std::memcpy(to->typed_data(), from.typed_data(), from.size_bytes());
 }
 
-ffi::Error Send(std::int64_t id, std::int32_t tag, Stamp stamp, ffi::RemainingArgs tensors,
+ffi::Error Send(ChannelIds channels, std::int32_t tag, Stamp stamp, ffi::RemainingArgs tensors,
                 ffi::Result<Stamp> stamp_out) {
-  const std::shared_ptr<ShmChannel> channel = FindChannel(id);
+  CallTimer timer;
   const Message message = Describe(tag, stamp, tensors);
-  if (channel == nullptr) return Closed(Role::kWriter, message);
+  std::shared_ptr<ShmChannel> channel;
+  if (ffi::Error error = Choose(channels, Role::kWriter, message, &channel); error.failure()) return error;
   char* payload = nullptr;
   if (Status status = channel->Reserve(message, &payload); !status.ok()) return ToError(std::move(status));
+  timer.Ready();
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     const ffi::AnyBuffer tensor = At(tensors, i);
     Copy(payload, tensor.untyped_data(), tensor.size_bytes());
     payload += AlignToLine(tensor.size_bytes());
   }
   channel->Publish();
+  timer.End(Role::kWriter, channels.begin()[message.batch], message);
   CopyStamp(stamp, stamp_out);
   return ffi::Error::Success();
 }
 
-ffi::Error Recv(std::int64_t id, std::int32_t tag, Stamp stamp, ffi::Result<Stamp> stamp_out,
+ffi::Error Recv(ChannelIds channels, std::int32_t tag, Stamp stamp, ffi::Result<Stamp> stamp_out,
                 ffi::RemainingRets tensors) {
-  const std::shared_ptr<ShmChannel> channel = FindChannel(id);
+  CallTimer timer;
   const Message expected = Describe(tag, stamp, tensors);
-  if (channel == nullptr) return Closed(Role::kReader, expected);
+  std::shared_ptr<ShmChannel> channel;
+  if (ffi::Error error = Choose(channels, Role::kReader, expected, &channel); error.failure()) return error;
   const char* payload = nullptr;
   if (Status status = channel->Peek(expected, &payload); !status.ok()) return ToError(std::move(status));
+  timer.Ready();
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     const ffi::AnyBuffer tensor = At(tensors, i);
     Copy(tensor.untyped_data(), payload, tensor.size_bytes());
     payload += AlignToLine(tensor.size_bytes());
   }
   channel->Release();
+  timer.End(Role::kReader, channels.begin()[expected.batch], expected);
   CopyStamp(stamp, stamp_out);
   return ffi::Error::Success();
 }
@@ -105,7 +121,7 @@ ffi::Error Recv(std::int64_t id, std::int32_t tag, Stamp stamp, ffi::Result<Stam
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LaminaSend, lamina::Send,
                               xla::ffi::Ffi::Bind()
-                                  .Attr<std::int64_t>("channel")
+                                  .Attr<lamina::ChannelIds>("channels")
                                   .Attr<std::int32_t>("tag")
                                   .Arg<lamina::Stamp>()
                                   .RemainingArgs()
@@ -113,7 +129,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(LaminaSend, lamina::Send,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LaminaRecv, lamina::Recv,
                               xla::ffi::Ffi::Bind()
-                                  .Attr<std::int64_t>("channel")
+                                  .Attr<lamina::ChannelIds>("channels")
                                   .Attr<std::int32_t>("tag")
                                   .Arg<lamina::Stamp>()
                                   .Ret<lamina::Stamp>()

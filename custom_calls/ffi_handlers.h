@@ -6,4 +6,5 @@
 extern "C" {
 XLA_FFI_Error* LaminaSend(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* LaminaRecv(XLA_FFI_CallFrame* frame);
+XLA_FFI_Error* LaminaFence(XLA_FFI_CallFrame* frame);
 }

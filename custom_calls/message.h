@@ -15,7 +15,7 @@ namespace lamina {
 
 inline constexpr std::size_t kLine = 64;
 inline constexpr std::uint64_t kRingMagic = 0x31474e49524d414c;  // "LAMRING1"
-inline constexpr std::uint32_t kRingVersion = 1;
+inline constexpr std::uint32_t kRingVersion = 2;
 
 inline constexpr std::uint64_t AlignToLine(std::uint64_t bytes) { return (bytes + kLine - 1) & ~(kLine - 1); }
 
@@ -25,7 +25,9 @@ struct Message {
   std::int32_t tag = 0;
   std::int32_t step = 0;
   std::int32_t layer = 0;
+  std::int32_t batch = 0;
   std::uint32_t num_tensors = 0;
+  std::uint32_t unused = 0;
 };
 
 // The reader polls `published` of the slot it expects, so that what announces a message and what describes it come over
@@ -66,8 +68,8 @@ struct RingHeader {
   SleepWord sleep[2];                                  // by Role of the sleeper
 };
 
-static_assert(sizeof(SlotHeader) == kLine && sizeof(Message) == 32);
-static_assert(offsetof(SlotHeader, message) == 8 && offsetof(Message, num_tensors) == 28);
+static_assert(sizeof(SlotHeader) == kLine && sizeof(Message) == 40);
+static_assert(offsetof(SlotHeader, message) == 8 && offsetof(Message, num_tensors) == 32);
 static_assert(sizeof(RingHeader) == 4 * kLine);
 static_assert(offsetof(RingHeader, pids) == 24 && offsetof(RingHeader, stop) == 32);
 static_assert(offsetof(RingHeader, read_seq) == kLine && offsetof(RingHeader, sleep) == 2 * kLine);

@@ -12,6 +12,7 @@
 #include "ffi_handlers.h"
 #include "registry.h"
 #include "shm_channel.h"
+#include "timeline.h"
 
 namespace nb = nanobind;
 
@@ -100,6 +101,17 @@ void TranslateSystemError(const std::exception_ptr& pointer, void*) {
   }
 }
 
+// (the events as bytes, how many were dropped)
+nb::tuple Drain() {
+  DrainedTimeline drained;
+  {
+    const nb::gil_scoped_release no_gil;
+    drained = DrainTimeline();
+  }
+  const std::size_t bytes = drained.events.size() * sizeof(TimelineEvent);
+  return nb::make_tuple(nb::bytes(reinterpret_cast<const char*>(drained.events.data()), bytes), drained.dropped);
+}
+
 template <typename Handler>
 nb::capsule Capsule(Handler* handler) {
   return nb::capsule(reinterpret_cast<void*>(handler));
@@ -127,9 +139,12 @@ NB_MODULE(_custom_calls, module) {
       .def_prop_ro("failure", &Handle::failure);
 
   module.def("name_tag", &NameTag, nb::arg("tag"), nb::arg("name"));
+  module.def("start_timeline", &StartTimeline, nb::arg("capacity"), no_gil);
+  module.def("drain_timeline", &Drain);
   module.def("align", &AlignToLine, nb::arg("num_bytes"));
   module.def("send_handler", [] { return Capsule(LaminaSend); });
   module.def("recv_handler", [] { return Capsule(LaminaRecv); });
+  module.def("fence_handler", [] { return Capsule(LaminaFence); });
 }
 
 }  // namespace lamina

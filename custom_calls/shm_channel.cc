@@ -107,6 +107,11 @@ void TakeRole(RingHeader* ring, Role role, const std::string& path) {
                               RoleName(role) + ", got process " + std::to_string(owner));
 }
 
+std::string StampText(const Message& message) {
+  return "(step " + std::to_string(message.step) + ", layer " + std::to_string(message.layer) + ", batch " +
+         std::to_string(message.batch) + ")";
+}
+
 std::string Mismatch(const char* what, std::int64_t expected, std::int64_t got) {
   return std::string("it is not the message that was expected: expected ") + what + " " + std::to_string(expected) +
          ", got " + std::to_string(got);
@@ -116,10 +121,11 @@ std::string Mismatch(const char* what, std::int64_t expected, std::int64_t got) 
 std::string Difference(const Message& expected, const Message& got) {
   if (got.tag != expected.tag) {
     return "it is not the message that was expected: expected " + TagName(expected.tag) + ", got " + TagName(got.tag) +
-           " (step " + std::to_string(got.step) + ", layer " + std::to_string(got.layer) + ")";
+           " " + StampText(got);
   }
   if (got.step != expected.step) return Mismatch("step", expected.step, got.step);
   if (got.layer != expected.layer) return Mismatch("layer", expected.layer, got.layer);
+  if (got.batch != expected.batch) return Mismatch("batch", expected.batch, got.batch);
   if (got.num_tensors != expected.num_tensors) return Mismatch("tensor count", expected.num_tensors, got.num_tensors);
   if (got.payload_bytes != expected.payload_bytes) {
     return Mismatch("payload bytes", expected.payload_bytes, got.payload_bytes);
@@ -136,8 +142,7 @@ void NameTag(std::int32_t tag, std::string name) {
 }
 
 std::string OperationName(Role role, const Message& message) {
-  return std::string(role == Role::kWriter ? "send" : "recv") + " of " + TagName(message.tag) + " (step " +
-         std::to_string(message.step) + ", layer " + std::to_string(message.layer) + ")";
+  return std::string(role == Role::kWriter ? "send" : "recv") + " of " + TagName(message.tag) + " " + StampText(message);
 }
 
 // MAP_POPULATE: the first messages should not pay for page faults.

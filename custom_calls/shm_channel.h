@@ -31,7 +31,7 @@ struct EndOptions {
 // Gives a tag the name that errors use. Tags without a name appear as numbers.
 void NameTag(std::int32_t tag, std::string name);
 
-// How errors call an operation: "recv of 'attended' (step 12, layer 3)".
+// How errors call an operation: "recv of 'attended' (step 12, layer 3, batch 1)".
 std::string OperationName(Role role, const Message& message);
 
 // A mapping of the shared memory; unmapped and closed with the last user.

@@ -8,6 +8,7 @@ from pathlib import Path
 from absl import app, flags
 
 from lamina_jax.models import load_model
+from lamina_jax.models.checkpoint import num_parameters
 from lamina_jax.models.orbax_store import save_orbax
 
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face directory to read.", required=True)
@@ -26,7 +27,7 @@ def main(argv):
     except (ValueError, OSError) as error:
         # What users get wrong is told without a traceback.
         raise SystemExit(f"convert_checkpoint: {error}") from None
-    print(f"Wrote {_OUTPUT.value}: {config.num_parameters / 1e6:.1f} M parameters.")
+    print(f"Wrote {_OUTPUT.value}: {num_parameters(config) / 1e6:.1f} M parameters.")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm import tqdm
 
 from lamina_jax.models.atomic import new_directory
+from lamina_jax.models.checkpoint import num_parameters
 from lamina_jax.models.config import DTYPES, ModelConfig
 from lamina_jax.models.llama import Llama
 from lamina_jax.testing.tiny import write_checkpoint
@@ -166,7 +167,7 @@ def main(argv):
             write_checkpoint(directory, config, weights_of(model, _DTYPE.value), tokenizer)
     except FileExistsError as error:
         raise SystemExit(f"make_tiny_checkpoint: {error} Or give --overwrite.") from None
-    print(f"Wrote {_OUTPUT.value}: {config.num_parameters / 1e6:.2f} M parameters, {config.vocab_size} tokens.")
+    print(f"Wrote {_OUTPUT.value}: {num_parameters(config) / 1e6:.2f} M parameters, {config.vocab_size} tokens.")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Settings of every test: JAX refuses silent promotion, and nothing may be left behind."""
 
+import contextlib
 import os
 
 import jax
@@ -9,6 +10,8 @@ import pytest
 from jax.extend import source_info_util
 
 jax.config.update("jax_platforms", "cpu")
+# For runs with several replicas of the model.
+jax.config.update("jax_num_cpu_devices", 3)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The type checker wraps every function; JAX should look through it when it names source lines.
@@ -16,8 +19,12 @@ source_info_util.register_exclusion(os.path.dirname(jaxtyping.__file__))
 
 
 def _workers() -> set[int]:
-    children = psutil.Process().children(recursive=True)
-    return {p.pid for p in children if "lamina_jax.runtime.attention_worker" in p.cmdline()}
+    found = set()
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie has ended, too
+            if "lamina_jax.runtime.attention_worker" in child.cmdline():
+                found.add(child.pid)
+    return found
 
 
 @pytest.fixture(autouse=True)

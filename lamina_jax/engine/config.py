@@ -1,8 +1,10 @@
 """What a user can set about an engine."""
 
+import contextlib
 import dataclasses
-import os
+from pathlib import Path
 
+from lamina_jax.attention.kernels import get_kernel
 from lamina_jax.models import ModelConfig
 
 _CACHE_SHARE_OF_MEMORY = 0.25
@@ -22,10 +24,13 @@ class EngineConfig:
     page_size: int = 16
     max_num_seqs: int = 64
     max_prefill_tokens: int = 512
+    num_batches: int = 2
+    overlap: bool = True
     kv_cache_bytes: int | None = None
     attention_kernel: str = "xla"
     timeout_s: float = 60.0
     seed: int = 0
+    trace_dir: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -34,13 +39,16 @@ class EngineConfig:
             ("page_size", 1),
             ("max_num_seqs", 1),
             ("max_prefill_tokens", 1),
+            ("num_batches", 1),
             ("kv_cache_bytes", 1),
+            ("seed", 0),
         ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
-        if not self.timeout_s > 0:
-            raise ValueError(f"timeout_s must be positive, got {self.timeout_s!r}.")
+        if not isinstance(self.timeout_s, int | float) or not self.timeout_s > 0:
+            raise ValueError(f"timeout_s must be a positive number of seconds, got {self.timeout_s!r}.")
+        get_kernel(self.attention_kernel)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,4 +90,10 @@ def size_cache(config: EngineConfig, model: ModelConfig, itemsize: int) -> Cache
 
 
 def _available_memory() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Bytes that this process may still take: of the machine, or of its container (cgroup v2) if that is less."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+        available = min(available, limit - used)
+    return available

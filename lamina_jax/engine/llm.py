@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import logging
 import os
 import time
 import weakref
@@ -24,20 +23,23 @@ from lamina_jax.engine.sampling_params import SamplingParams
 from lamina_jax.engine.scheduler import PlannedStep, Scheduler, SchedulerLimits
 from lamina_jax.engine.tokenizer import Tokenizer
 from lamina_jax.models import GenerationDefaults, ModelConfig, load_generation_config, load_model
+from lamina_jax.runtime import timeline
 from lamina_jax.runtime.errors import WorkerError
-from lamina_jax.runtime.executor import CacheConfig, Executor, Model, SplitExecutor, UnsplitExecutor, split_heads
+from lamina_jax.runtime.executor import CacheConfig, Executor, UnsplitExecutor
+from lamina_jax.runtime.model import Model
 from lamina_jax.runtime.model_worker import ModelWorker, model_function
+from lamina_jax.runtime.plan import StepPlan
 from lamina_jax.runtime.pool import AttentionWorkerPool
+from lamina_jax.runtime.schedule import num_replicas
+from lamina_jax.runtime.split import SplitExecutor, split_heads
 
 Prompt = str | Mapping[str, Any]
 """Text, or ``{"prompt": text}``, or ``{"prompt_token_ids": [...]}``."""
 
 # Steps that are under way while the host looks at an older one: the device never waits for the host.
 _STEPS_AHEAD = 1
-# How long an interrupted call waits for the steps under way before it gives the workers up.
-_DRAIN_S = 2.0
-
-_logger = logging.getLogger(__name__)
+# How long after Ctrl-C the steps under way may still take before the workers are given up.
+_INTERRUPTED_S = 2.0
 
 
 class LLM:
@@ -54,10 +56,14 @@ class LLM:
         page_size: tokens in a page of KV cache.
         max_num_seqs: sequences that run at a time.
         max_prefill_tokens: most prompt tokens in a step; longer prompts go in pieces.
+        num_batches: batches in flight at a time, so that one's slices run while another's attention does; 1 is off.
+        overlap: start attention over the cache while k and v are still being computed.
         kv_cache_bytes: memory for the KV cache over all workers; by default a quarter of what is free at most.
         attention_kernel: name in `lamina_jax.attention.kernels.KERNELS`.
         timeout_s: longest that one device waits for one message of another, in seconds.
         seed: for requests whose SamplingParams name none.
+        trace_dir: write a timeline of slices, messages and attention there on `close`, trace.json, for Perfetto or
+            scripts/plot_timeline.py.
 
     Raises:
         ValueError: a setting that is wrong or does not fit the model.
@@ -67,21 +73,20 @@ class LLM:
 
     def __init__(self, model: str | os.PathLike[str], **settings: Any) -> None:
         self._config = config = _engine_config(settings)
-        if jax.default_backend() != "cpu":
-            raise ValueError(
-                f"lamina_jax runs on the CPU, but JAX's default platform is {jax.default_backend()!r}; "
-                "set the environment variable JAX_PLATFORMS=cpu."
-            )
+        devices = _model_devices(num_replicas(config.num_batches) if config.num_attention_workers else 1)
         directory = Path(model)
         self._model_config = ModelConfig.from_file(directory / "config.json")
         self._generation_defaults: GenerationDefaults = load_generation_config(directory)
         if config.num_attention_workers:
             split_heads(self._model_config.num_heads, self._model_config.num_kv_heads, config.num_attention_workers)
         self._tokenizer = Tokenizer.from_directory(directory) if (directory / "tokenizer.json").exists() else None
+        self._dispatcher = ThreadPoolExecutor(1, thread_name_prefix="lamina dispatcher")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="lamina reader")
         self._requests = itertools.count()
         self._closed_because: str | None = None
         self._busy = False
+        if config.trace_dir is not None:
+            timeline.start(Path(config.trace_dir))
         with contextlib.ExitStack() as undo:
             # Workers start up while the weights are read.
             pool = None
@@ -97,12 +102,13 @@ class LLM:
                 max_prefill_tokens=min(config.max_prefill_tokens, size.max_model_len),
                 page_size=config.page_size,
                 num_pages=size.num_pages,
+                num_batches=config.num_batches,
             )
-            executor = _make_executor(config, loaded, pool, self._limits)
+            executor = _make_executor(config, loaded, pool, devices, self._limits)
             undo.pop_all()
-        self._worker = ModelWorker(executor, config.max_num_seqs)
+        self._worker = ModelWorker(executor, num_slots=config.max_num_seqs, num_batches=config.num_batches)
         # Ends the workers also when nobody calls close().
-        self._close_executor = weakref.finalize(self, executor.close)
+        self._close_executor = weakref.finalize(self, _close, executor, config.trace_dir)
 
     def __enter__(self) -> "LLM":
         return self
@@ -114,7 +120,8 @@ class LLM:
         """Ends the attention workers. The LLM cannot be used afterwards; may be called twice."""
         self._closed_because = self._closed_because or "it was closed."
         self._close_executor()
-        self._reader.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._dispatcher, self._reader):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What generation_config.json asks for; SamplingParams' own defaults where it says nothing."""
@@ -124,7 +131,8 @@ class LLM:
 
     def validate(self, prompt: Prompt, params: SamplingParams) -> None:
         """Raises ValueError, saying what is wrong, if the request could not be run."""
-        self._request(0, prompt, params)
+        text, token_ids = self._checked(prompt, params)
+        del text, token_ids
 
     def generate(
         self,
@@ -179,9 +187,18 @@ class LLM:
             raise ValueError(f"Got {count} prompts but {len(given)} sampling_params; give one, or one for each.")
         return list(given)
 
-    def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
+    def _checked(self, prompt: Prompt, params: Any) -> tuple[str | None, list[int]]:
+        """Text and tokens of a prompt. Raises ValueError if the request cannot be run."""
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"Expected SamplingParams for each prompt, got {params!r}.")
         text, token_ids = self._tokens_of(prompt)
         self._check_tokens(token_ids)
+        if params.stop and self._tokenizer is None:
+            raise ValueError("Stop strings need text, but the model has no tokenizer.json; use stop_token_ids.")
+        return text, token_ids
+
+    def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
+        text, token_ids = self._checked(prompt, params)
         serial = next(self._requests)
         eos = () if params.ignore_eos else self._eos_token_ids
         return Request(
@@ -211,6 +228,9 @@ class LLM:
             )
         if self._tokenizer is None:
             raise ValueError('The model has no tokenizer.json: give {"prompt_token_ids": [...]} instead of text.')
+        if not prompt:
+            # Before a tokenizer adds its begin-of-text token.
+            raise ValueError("The prompt is empty: it must have at least one token.")
         return prompt, self._tokenizer.encode(prompt)
 
     def _check_tokens(self, token_ids: Sequence[int]) -> None:
@@ -232,10 +252,14 @@ class LLM:
         if self._busy:
             raise RuntimeError("Another generate or stream of this LLM is under way; finish or close that one first.")
         self._busy = True
-        run = _Run(self._worker, self._limits, self._reader, progress)
+        run = _Run(self._worker, self._limits, self._dispatcher, self._reader, progress)
+        patience = 2 * self._config.timeout_s
         try:
             with progress:
                 yield from run.outputs(requests)
+        except KeyboardInterrupt:
+            patience = _INTERRUPTED_S
+            raise
         except Exception as error:
             shown = self._worker.executor.explain(error)
             if isinstance(shown, WorkerError) or isinstance(error, jax.errors.JaxRuntimeError):
@@ -246,7 +270,7 @@ class LLM:
             raise shown from error
         finally:
             # After Ctrl-C, or when the caller wants no more outputs, steps may still be under way.
-            if not run.drain(_DRAIN_S):
+            if not run.drain(patience):
                 self._closed_because = "a step did not end after it was interrupted."
                 self.close()
             self._busy = False
@@ -254,17 +278,24 @@ class LLM:
 
 @dataclasses.dataclass(frozen=True)
 class _InFlight:
-    step: PlannedStep
-    tokens: Future[np.ndarray]
+    steps: Sequence[PlannedStep]
+    """One step of each batch."""
+    tokens: Future[list[np.ndarray]]
 
 
 class _Run:
     """One call of generate or stream: plans and dispatches steps, and reads what they sampled one step late."""
 
     def __init__(
-        self, worker: ModelWorker, limits: SchedulerLimits, reader: ThreadPoolExecutor, progress: Progress
+        self,
+        worker: ModelWorker,
+        limits: SchedulerLimits,
+        dispatcher: ThreadPoolExecutor,
+        reader: ThreadPoolExecutor,
+        progress: Progress,
     ) -> None:
         self._worker = worker
+        self._dispatcher = dispatcher
         self._reader = reader
         self._progress = progress
         self._scheduler = Scheduler(limits)
@@ -274,12 +305,12 @@ class _Run:
     def outputs(self, requests: Iterator[Request]) -> Iterator[tuple[int, RequestOutput]]:
         while True:
             self._take(requests)
-            step = self._scheduler.plan()
-            if step is not None:
-                self._dispatch(step)
-            if step is None and not self._in_flight:
+            steps = self._scheduler.plan()
+            if steps:
+                self._dispatch(steps)
+            if not steps and not self._in_flight:
                 return
-            if step is None or len(self._in_flight) > _STEPS_AHEAD:
+            if not steps or len(self._in_flight) > _STEPS_AHEAD:
                 yield from self._collect()
 
     def drain(self, timeout_s: float) -> bool:
@@ -300,24 +331,31 @@ class _Run:
                 self._scheduler.add(sequence)
                 self._owners[sequence] = request
 
-    def _dispatch(self, step: PlannedStep) -> None:
-        self._worker.prepare(step.plan.bucket)
-        sampled = self._worker.run(step.plan)
-        # In a thread, because a wait inside XLA cannot be interrupted, and Ctrl-C must work.
-        self._in_flight.append(_InFlight(step, self._reader.submit(np.asarray, sampled)))
-        self._progress.add(prompt_tokens=int(sum(step.plan.num_new)) if step.plan.tokens is not None else 0)
+    def _dispatch(self, steps: Sequence[PlannedStep]) -> None:
+        plans = [step.plan for step in steps]
+        # In threads, because Ctrl-C must work: it cannot interrupt a wait inside XLA, and must not come between what
+        # the workers are told and what is dispatched here.
+        dispatched = self._dispatcher.submit(self._run_step, plans)
+        tokens = self._reader.submit(lambda: [np.asarray(x) for x in dispatched.result()])
+        self._in_flight.append(_InFlight(steps, tokens))
+        self._progress.add(prompt_tokens=sum(int(p.num_new.sum()) for p in plans if p.tokens is not None))
+
+    def _run_step(self, plans: Sequence[StepPlan]) -> list[jax.Array]:
+        self._worker.prepare(plans[0].bucket, len(plans))
+        return self._worker.run(plans)
 
     def _collect(self) -> Iterator[tuple[int, RequestOutput]]:
         arrived = self._in_flight.popleft()
         tokens = arrived.tokens.result()
         self._worker.executor.check()
         now = time.monotonic()
-        for row, sequence in arrived.step.emits:
+        emits = [(int(t[row]), s) for t, step in zip(tokens, arrived.steps, strict=True) for row, s in step.emits]
+        for token, sequence in emits:
             request = self._owners.get(sequence)
             if request is None:
                 continue
             self._progress.add(decode_tokens=1)
-            if request.add_token(sequence, int(tokens[row]), now):
+            if request.add_token(sequence, token, now):
                 self._scheduler.finish(sequence)
                 del self._owners[sequence]
                 if request.finished:
@@ -333,13 +371,57 @@ def _engine_config(settings: Mapping[str, Any]) -> EngineConfig:
     return EngineConfig(**settings)
 
 
+def _close(executor: Executor, trace_dir: str | None) -> None:
+    executor.close()
+    if trace_dir is not None:
+        timeline.finish(Path(trace_dir))
+
+
 def _make_executor(
-    config: EngineConfig, model: Model, pool: AttentionWorkerPool | None, limits: SchedulerLimits
+    config: EngineConfig,
+    model: Model,
+    pool: AttentionWorkerPool | None,
+    devices: Sequence[jax.Device],
+    limits: SchedulerLimits,
 ) -> Executor:
     cache = CacheConfig(page_size=limits.page_size, num_pages=limits.num_pages, kernel=config.attention_kernel)
     if pool is None:
         return UnsplitExecutor(model, cache)
-    return SplitExecutor(model, cache, pool, max_step_tokens=limits.max_step_tokens, timeout_s=config.timeout_s)
+    return SplitExecutor(
+        model,
+        cache,
+        pool,
+        num_batches=config.num_batches,
+        replicas=devices,
+        overlap=config.overlap,
+        trace_dir=config.trace_dir,
+        max_step_tokens=limits.max_step_tokens,
+        timeout_s=config.timeout_s,
+    )
+
+
+def _model_devices(count: int) -> list[jax.Device]:
+    """Devices for so many replicas of the model.
+
+    Raises:
+        ValueError: JAX runs on something else than the CPU, or has fewer devices and cannot be given more.
+    """
+    if count > 1:
+        # Only heard before JAX has made its devices; the check below tells.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", count)
+    if jax.default_backend() != "cpu":
+        raise ValueError(
+            f"lamina_jax runs on the CPU, but JAX's default platform is {jax.default_backend()!r}; "
+            "set the environment variable JAX_PLATFORMS=cpu."
+        )
+    devices = jax.devices()
+    if len(devices) < count:
+        raise ValueError(
+            f"num_batches={count + 1} needs {count} CPU devices for as many replicas of the model, but JAX has "
+            f"{len(devices)} already; set the environment variable JAX_NUM_CPU_DEVICES={count}."
+        )
+    return devices[:count]
 
 
 def _checked_ids(token_ids: Any) -> list[int]:

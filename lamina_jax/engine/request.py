@@ -32,12 +32,7 @@ class Request:
             max_new_tokens: most tokens of each completion.
             eos_token_ids: tokens that end a completion with no stop_reason.
             tokenizer: None leaves all text empty.
-
-        Raises:
-            ValueError: stop strings are asked for, but there is no tokenizer.
         """
-        if params.stop and tokenizer is None:
-            raise ValueError("Stop strings need text, but the model has no tokenizer.json; use stop_token_ids.")
         self.index = index
         self._request_id = request_id
         self._prompt = prompt

@@ -10,6 +10,7 @@ import numpy as np
 
 GREEDY_BELOW = 1e-5
 MAX_TEMPERATURE = 2.0
+MAX_N = 1024
 
 
 class ValidationError(ValueError):
@@ -31,7 +32,7 @@ class SamplingParams:
     """Sampling parameters of one request, with vLLM's names and defaults.
 
     Attributes:
-        n: completions per prompt, at least 1.
+        n: completions per prompt, from 1 to 1024.
         temperature: in [0, 2]; below 1e-5 the most probable token is taken (`greedy`).
         top_p: in (0, 1]; keep the most probable tokens that together reach this probability. 1 keeps all.
         top_k: keep the k most probable tokens; 0 or -1 keeps all.
@@ -89,6 +90,7 @@ class SamplingParams:
 
     def _check_ranges(self) -> None:
         self._require(self.n >= 1, "n", "must be at least 1")
+        self._require(self.n <= MAX_N, "n", f"must be at most {MAX_N}")
         self._require(0.0 <= self.temperature <= MAX_TEMPERATURE, "temperature", "must be in [0, 2]")
         self._require(0.0 < self.top_p <= 1.0, "top_p", "must be in (0, 1]")
         self._require(self.top_k >= -1, "top_k", "must be 0 or -1 (off), or at least 1")

@@ -20,12 +20,14 @@ from lamina_jax.runtime.plan import StepPlan
 # A matrix times one row is no matrix product: in bf16 on the CPU it takes XLA 11 times as long as with 8 rows.
 _MIN_BATCH = 2
 _MIN_TOKENS = 16
+# Sequences in a batch before another is opened.
+_WORTH_A_BATCH = 8
 _MIN_PAGES = 8
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class SequenceState:
-    """One completion under way. `slot` and `pages` are set by the scheduler while it runs."""
+    """One completion under way. `batch`, `slot` and `pages` are set by the scheduler while it runs."""
 
     prompt_token_ids: Sequence[int]
     params: SamplingParams
@@ -34,6 +36,8 @@ class SequenceState:
     """Which of its request's n completions this is."""
     max_new_tokens: int
     """Most tokens that it may generate."""
+    batch: int = dataclasses.field(default=-1, init=False)
+    """Which of the batches in flight it belongs to, while it runs."""
     slot: int = dataclasses.field(default=-1, init=False)
     pages: list[int] = dataclasses.field(default_factory=list, init=False)
     num_computed: int = dataclasses.field(default=0, init=False)
@@ -73,15 +77,20 @@ class SchedulerLimits:
     """Largest batch x tokens of a bucket."""
     page_size: int
     num_pages: int
+    num_batches: int
+    """Batches in flight."""
 
     @classmethod
-    def of(cls, *, max_num_seqs: int, max_prefill_tokens: int, page_size: int, num_pages: int) -> "SchedulerLimits":
+    def of(
+        cls, *, max_num_seqs: int, max_prefill_tokens: int, page_size: int, num_pages: int, num_batches: int
+    ) -> "SchedulerLimits":
         largest_batch = bucket_size(max_num_seqs, _MIN_BATCH)
         return cls(
             max_num_seqs=max_num_seqs,
             max_step_tokens=max(largest_batch, bucket_size(max_prefill_tokens, _MIN_TOKENS)),
             page_size=page_size,
             num_pages=num_pages,
+            num_batches=num_batches,
         )
 
 
@@ -98,7 +107,7 @@ class Scheduler:
     @property
     def has_room(self) -> bool:
         """Whether a new sequence would not wait behind another one."""
-        return not self._waiting and bool(self._free_slots)
+        return len(self._waiting) < len(self._free_slots)
 
     @property
     def is_idle(self) -> bool:
@@ -128,14 +137,17 @@ class Scheduler:
         self._free_slots.append(sequence.slot)
         self._free_pages.extend(reversed(sequence.pages))
 
-    def plan(self) -> PlannedStep | None:
-        """The next step, or None if no sequence can go on before more is known of the steps under way."""
+    def plan(self) -> list[PlannedStep]:
+        """The next step of every batch that can go on, all of one bucket; none if nothing can before more is known of
+        the steps under way."""
         self._admit()
-        prefill = self._prefill_group()
-        if prefill:
-            return self._plan(prefill, max(map(self._piece, prefill)))
-        ready = [s for s in self._running if s.num_planned < s.max_new_tokens]
-        return self._plan(ready, 1) if ready else None
+        chosen = self._prefill() or [s for s in self._running if s.num_planned < s.max_new_tokens]
+        batches = [[s for s in chosen if s.batch == b] for b in range(self._limits.num_batches)]
+        groups = [group for group in batches if group]
+        if not groups:
+            return []
+        bucket = self._bucket(groups)
+        return [self._plan(group, bucket) for group in groups]
 
     def _admit(self) -> None:
         while self._waiting and self._free_slots:
@@ -143,42 +155,55 @@ class Scheduler:
             if needed > len(self._free_pages):
                 return
             sequence = self._waiting.popleft()
+            sequence.batch = self._batch_for_one_more()
             sequence.slot = self._free_slots.pop()
             sequence.pages = [self._free_pages.pop() for _ in range(needed)]
             self._running.append(sequence)
 
-    def _prefill_group(self) -> list[SequenceState]:
-        """As many sequences, in order, as have prompt left and fit one bucket."""
-        group: list[SequenceState] = []
+    def _batch_for_one_more(self) -> int:
+        """The smallest batch, but none of its own before the others have a few: each batch reads all weights."""
+        sizes = [sum(s.batch == b for s in self._running) for b in range(self._limits.num_batches)]
+        return min(range(len(sizes)), key=lambda b: max(sizes[b], _WORTH_A_BATCH - 1))
+
+    def _prefill(self) -> list[SequenceState]:
+        """As many sequences, in order, as have prompt left and whose batches fit one bucket."""
+        chosen: list[SequenceState] = []
+        sizes = [0] * self._limits.num_batches
         longest = 0
-        for sequence in self._running:
-            if not sequence.in_prefill:
-                continue
-            longest_with = max(longest, self._piece(sequence))
-            size = bucket_size(len(group) + 1) * bucket_size(longest_with, _MIN_TOKENS)
-            if group and size > self._limits.max_step_tokens:
+        for sequence in filter(lambda s: s.in_prefill, self._running):
+            sizes[sequence.batch] += 1
+            longest = max(longest, self._piece(sequence))
+            if chosen and bucket_size(max(sizes)) * bucket_size(longest, _MIN_TOKENS) > self._limits.max_step_tokens:
                 break
-            group.append(sequence)
-            longest = longest_with
-        return group
+            chosen.append(sequence)
+        return chosen
 
     def _piece(self, sequence: SequenceState) -> int:
         """Prompt tokens that the next step can take."""
         return min(sequence.num_prompt_tokens - sequence.num_computed, self._limits.max_step_tokens)
 
-    def _plan(self, sequences: list[SequenceState], tokens: int) -> PlannedStep:
-        prefill = sequences[0].in_prefill
-        num_new = [self._piece(s) if prefill else 1 for s in sequences]
+    def _num_new(self, sequence: SequenceState) -> int:
+        return self._piece(sequence) if sequence.in_prefill else 1
+
+    def _bucket(self, groups: list[list[SequenceState]]) -> Bucket:
+        """The smallest bucket that fits each of the groups."""
+        prefill = groups[0][0].in_prefill
+        everyone = [s for group in groups for s in group]
+        longest = max(s.num_computed + self._num_new(s) for s in everyone)
+        return Bucket(
+            batch=bucket_size(max(map(len, groups)), 1 if prefill else _MIN_BATCH),
+            tokens=bucket_size(max(map(self._num_new, everyone)), _MIN_TOKENS) if prefill else 1,
+            max_pages=bucket_size(-(-longest // self._limits.page_size), _MIN_PAGES),
+        )
+
+    def _plan(self, sequences: list[SequenceState], bucket: Bucket) -> PlannedStep:
+        num_new = [self._num_new(s) for s in sequences]
         after = [s.num_computed + n for s, n in zip(sequences, num_new, strict=True)]
         emits = [n >= s.num_prompt_tokens for s, n in zip(sequences, after, strict=True)]
-        bucket = Bucket(
-            batch=bucket_size(len(sequences), 1 if prefill else _MIN_BATCH),
-            tokens=bucket_size(tokens, _MIN_TOKENS) if prefill else 1,
-            max_pages=bucket_size(max(-(-n // self._limits.page_size) for n in after), _MIN_PAGES),
-        )
         plan = StepPlan(
             bucket=bucket,
-            tokens=_prompt_pieces(sequences, num_new, bucket) if prefill else None,
+            batch=sequences[0].batch,
+            tokens=_prompt_pieces(sequences, num_new, bucket) if sequences[0].in_prefill else None,
             slots=_padded([s.slot for s in sequences], bucket.batch, fill=self._limits.max_num_seqs),
             context_lens=_padded([s.num_computed for s in sequences], bucket.batch),
             num_new=_padded(num_new, bucket.batch),

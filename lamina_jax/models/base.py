@@ -1,7 +1,8 @@
 """What every model is to the rest of lamina_jax."""
 
 import abc
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -9,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
 from lamina_jax.models.config import ModelConfig
+from lamina_jax.models.fields import Fields
 
 ParameterPath = tuple[Any, ...]
 """Where a parameter is in its module: names of attributes and indices into lists."""
@@ -27,6 +29,9 @@ class DecoderModel(nnx.Module):
     """
 
     config: ModelConfig
+
+    CONFIG_DEFAULTS: ClassVar[Mapping[str, Any]] = {}
+    """Fields of a config.json that transformers gives another value than absence where they are not written."""
 
     @abc.abstractmethod
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs): ...
@@ -65,3 +70,17 @@ class DecoderModel(nnx.Module):
 
         Parameters have the tensor's shape, but those called `kernel` are stored transposed, [out, in].
         """
+
+    @staticmethod
+    @abc.abstractmethod
+    def read_config(fields: Fields) -> dict[str, Any]:
+        """The arguments of ModelConfig that only some architectures have, from a config.json.
+
+        Raises:
+            CheckpointError: a field has a wrong type or value, or asks for something that is not supported.
+        """
+
+    @staticmethod
+    @abc.abstractmethod
+    def write_config(config: ModelConfig) -> dict[str, Any]:
+        """The reverse of `read_config`, `model_type` included."""

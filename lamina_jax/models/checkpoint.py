@@ -112,6 +112,11 @@ def abstract_model(config: ModelConfig, *, dtype: str) -> tuple[Any, Any]:
     return nnx.split(nnx.eval_shape(lambda: model(config, dtype=dtype, rngs=nnx.Rngs(0))))
 
 
+def num_parameters(config: ModelConfig) -> int:
+    """Weights of a model; tied embeddings count once."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_model(config, dtype="float32")[1]))
+
+
 def sharding_of(placement: Placement | None, path: ParameterPath, shape: tuple[int, ...]) -> Sharding | None:
     """The sharding of one parameter; None is host memory."""
     return placement(path, shape) if callable(placement) else placement

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lamina_jax.attention.params import AttendParams
 from lamina_jax.models.fields import Fields, read_json_object
-from lamina_jax.models.registry import ARCHITECTURES
+from lamina_jax.models.registry import ARCHITECTURES, model_class
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -33,7 +34,8 @@ class RopeScaling:
 class ModelConfig:
     """Shape and constants of a decoder-only model; hashable, so it can be a static argument.
 
-    `dtype` is the dtype of the checkpoint, not necessarily that of a loaded model.
+    `dtype` is the dtype of the checkpoint, not necessarily that of a loaded model. What an architecture does not have
+    is at its default: no biases, no windows, no caps.
     """
 
     architecture: str = "LlamaForCausalLM"
@@ -49,8 +51,18 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
-    attention_bias: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    """Bias of the projection behind attention."""
     mlp_bias: bool = False
+    windows: tuple[int | None, ...] = ()
+    """How many tokens a token of each layer sees, itself included; None is all of them, () is None in every layer."""
+    query_pre_attn_scalar: int | None = None
+    """Scores are divided by its square root; None is head_dim."""
+    attention_soft_cap: float | None = None
+    """Bound of the scores, by tanh."""
+    logit_soft_cap: float | None = None
+    """Bound of the logits, by tanh."""
     dtype: str = "float32"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -60,15 +72,13 @@ class ModelConfig:
         """Query heads that share one KV head."""
         return self.num_heads // self.num_kv_heads
 
-    @property
-    def num_parameters(self) -> int:
-        """Weights of the model; tied embeddings count once."""
-        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        attention = self.hidden_size * (2 * q + 2 * kv) + self.attention_bias * (q + 2 * kv + self.hidden_size)
-        mlp = 3 * self.hidden_size * self.intermediate_size
-        mlp += self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
-        embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
-        return self.num_layers * (attention + mlp + 2 * self.hidden_size) + self.hidden_size + embeddings
+    def attend_params(self, layer: int) -> AttendParams:
+        """The parameters of a layer's attention."""
+        return AttendParams(
+            scale=(self.query_pre_attn_scalar or self.head_dim) ** -0.5,
+            window=self.windows[layer] if self.windows else None,
+            soft_cap=self.attention_soft_cap,
+        )
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of keys and values that one token leaves in the caches of all layers."""
@@ -79,7 +89,8 @@ class ModelConfig:
         """Reads the contents of a `config.json` written by transformers 4 or 5.
 
         The two differ in where RoPE's constants lie (`rope_theta` and `rope_scaling`, or `rope_parameters`) and
-        in the name of the dtype (`torch_dtype`, or `dtype`). Defaults are those of transformers' LlamaConfig.
+        in the name of the dtype (`torch_dtype`, or `dtype`). Defaults are those of the architecture in transformers.
+        Fields that only some architectures have are read by the model's class, `DecoderModel.read_config`.
 
         Args:
             raw: the parsed file.
@@ -89,15 +100,18 @@ class ModelConfig:
             CheckpointError: a field is missing or has a wrong type or value, or the model is one that is not
                 supported (architecture, activation, kind of RoPE, quantization).
         """
-        fields = Fields(raw, source)
-        architecture = _architecture(fields)
-        _refuse_unsupported(fields)
+        architecture = _architecture(Fields(raw, source))
+        model = model_class(architecture)
+        fields = Fields({**model.CONFIG_DEFAULTS, **raw}, source)
+        quantization = fields.raw.get("quantization_config")
+        if quantization is not None:
+            raise fields.error("quantization_config", "none: quantized weights are not supported", quantization)
         hidden_size = fields.positive_int("hidden_size")
         num_heads = fields.positive_int("num_attention_heads")
         num_kv_heads = fields.positive_int("num_key_value_heads", default=num_heads)
         if num_heads % num_kv_heads:
             raise fields.error("num_key_value_heads", f"a divisor of num_attention_heads={num_heads}", num_kv_heads)
-        if hidden_size % num_heads and raw.get("head_dim") is None:
+        if hidden_size % num_heads and fields.raw.get("head_dim") is None:
             raise fields.error("head_dim", "to be given, as num_attention_heads does not divide hidden_size", None)
         head_dim = fields.positive_int("head_dim", default=hidden_size // num_heads)
         if head_dim % 2:
@@ -117,11 +131,10 @@ class ModelConfig:
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
             tie_word_embeddings=bool(fields.boolean("tie_word_embeddings")),
-            attention_bias=bool(fields.boolean("attention_bias")),
-            mlp_bias=bool(fields.boolean("mlp_bias")),
             dtype=_dtype(fields),
             bos_token_id=next(iter(fields.token_ids("bos_token_id")), None),
             eos_token_ids=fields.token_ids("eos_token_id"),
+            **model.read_config(fields),
         )
 
     @classmethod
@@ -136,8 +149,6 @@ class ModelConfig:
         )
         return {
             "architectures": [self.architecture],
-            "model_type": "llama",
-            "hidden_act": "silu",
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
@@ -150,11 +161,10 @@ class ModelConfig:
             "rope_theta": self.rope_theta,
             "rope_scaling": scaling,
             "tie_word_embeddings": self.tie_word_embeddings,
-            "attention_bias": self.attention_bias,
-            "mlp_bias": self.mlp_bias,
             "torch_dtype": self.dtype,
             "bos_token_id": self.bos_token_id,
             "eos_token_id": self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else list(self.eos_token_ids) or None,
+            **model_class(self.architecture).write_config(self),
         }
 
 
@@ -164,15 +174,6 @@ def _architecture(fields: Fields) -> str:
         supported = ", ".join(ARCHITECTURES)
         raise fields.error("architectures", f"a list of one supported architecture ({supported})", names)
     return names[0]
-
-
-def _refuse_unsupported(fields: Fields) -> None:
-    activation = fields.raw.get("hidden_act")
-    if activation not in (None, "silu"):
-        raise fields.error("hidden_act", "'silu'", activation)
-    quantization = fields.raw.get("quantization_config")
-    if quantization is not None:
-        raise fields.error("quantization_config", "none: quantized weights are not supported", quantization)
 
 
 def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:

@@ -38,6 +38,10 @@ class Fields:
         shown = "nothing" if got is None else repr(got)
         return CheckpointError(f"{self.source}: field '{self.prefix}{name}': expected {expected}, got {shown}.")
 
+    def replaced(self, **values: Any) -> "Fields":
+        """The same with these values in place of what the file says."""
+        return Fields({**self.raw, **values}, self.source, self.prefix)
+
     def object(self, name: str) -> "Fields | None":
         value = self.raw.get(name)
         if value is None:
@@ -66,6 +70,9 @@ class Fields:
             raise self.error(name, "a positive number", value)
         return value
 
+    def positive_float_or_none(self, name: str) -> float | None:
+        return None if self.raw.get(name) is None else self.positive_float(name)
+
     def number(self, name: str) -> float | None:
         value = self.raw.get(name)
         if value is None:
@@ -79,6 +86,12 @@ class Fields:
         if not isinstance(value, bool | None):
             raise self.error(name, "true or false", value)
         return value
+
+    def only(self, name: str, *supported: Any) -> None:
+        """Refuses any value of a field but these; absent is as good as they."""
+        value = self.raw.get(name)
+        if value is not None and value not in supported:
+            raise self.error(name, " or ".join(map(repr, supported)) or "nothing", value)
 
     def token_ids(self, name: str) -> tuple[int, ...]:
         """One token id, a list of them, or none at all."""

@@ -1,9 +1,12 @@
 """LLaMA as a Flax NNX module. Attention happens behind `attend`; nothing here knows of caches or workers.
 
-Attributes are named as in the Hugging Face checkpoints, so that `checkpoint_name` is a rule and not a table.
+Attributes are named as in the Hugging Face checkpoints, so that `checkpoint_name` is a rule and not a table. Models
+that differ from LLaMA in parts subclass those parts and name them in the class attributes `*_class`.
 """
 
+import dataclasses
 import math
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,8 @@ from jaxtyping import Array, Float, Float32, Int
 from lamina_jax.attention.attend import attend
 from lamina_jax.models.base import DecoderModel, ParameterPath
 from lamina_jax.models.config import ModelConfig
+from lamina_jax.models.fields import Fields
+from lamina_jax.models.mapping import read_attention_bias
 
 
 class RMSNorm(nnx.Module):
@@ -24,23 +29,31 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((size,), dtype))
         self.eps = eps
 
-    def __call__(self, x: Float[Array, "batch tokens hidden"]) -> Float[Array, "batch tokens hidden"]:
+    def __call__(self, x: Float[Array, "*places size"]) -> Float[Array, "*places size"]:
+        return self.normed(x).astype(x.dtype) * self.along(x)
+
+    def normed(self, x: Float[Array, "*places size"]) -> Float32[Array, "*places size"]:
+        """`x` with a root mean square of 1."""
         x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * self.scale[None, None, :]
+        return x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+
+    def along(self, x: Float[Array, "*places size"]) -> Float[Array, "*ones size"]:
+        """The weights, with as many axes as `x` has."""
+        return self.scale[(None,) * (x.ndim - 1)]
 
 
 class Attention(nnx.Module):
-    """Projections and rotary embedding around `attend`."""
+    """Projections and rotary embedding around `attend`, of the layer with number `layer`."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.head_dim = config.head_dim
+        self.params = config.attend_params(layer)
         hidden, q, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        options = {"use_bias": config.attention_bias, "dtype": dtype, "param_dtype": dtype, "rngs": rngs}
-        self.q_proj = nnx.Linear(hidden, q, **options)
-        self.k_proj = nnx.Linear(hidden, kv, **options)
-        self.v_proj = nnx.Linear(hidden, kv, **options)
-        self.o_proj = nnx.Linear(q, hidden, **options)
+        options = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
+        self.q_proj = nnx.Linear(hidden, q, use_bias=config.qkv_bias, **options)
+        self.k_proj = nnx.Linear(hidden, kv, use_bias=config.qkv_bias, **options)
+        self.v_proj = nnx.Linear(hidden, kv, use_bias=config.qkv_bias, **options)
+        self.o_proj = nnx.Linear(q, hidden, use_bias=config.o_bias, **options)
 
     def __call__(
         self,
@@ -49,18 +62,29 @@ class Attention(nnx.Module):
         sin: Float32[Array, "batch tokens half"],
     ) -> Float[Array, "batch tokens hidden"]:
         # q comes first: it can travel to the attention worker while k and v are still being computed.
-        q = rotate(self._heads(self.q_proj(x)), cos, sin)
-        k = rotate(self._heads(self.k_proj(x)), cos, sin)
-        v = self._heads(self.v_proj(x))
-        out = attend(q, k, v, scale=self.head_dim**-0.5)
+        q = rotate(self.queries(x), cos, sin)
+        k = rotate(self.keys(x), cos, sin)
+        v = self.heads(self.v_proj(x))
+        out = attend(q, k, v, **dataclasses.asdict(self.params))
         return self.o_proj(out.reshape(*out.shape[:2], -1))
 
-    def _heads(self, x):
+    def queries(self, x: Float[Array, "batch tokens hidden"]) -> Float[Array, "batch tokens num_heads head_dim"]:
+        """Queries before their rotary embedding."""
+        return self.heads(self.q_proj(x))
+
+    def keys(self, x: Float[Array, "batch tokens hidden"]) -> Float[Array, "batch tokens num_kv_heads head_dim"]:
+        """Keys before their rotary embedding."""
+        return self.heads(self.k_proj(x))
+
+    def heads(self, x: Float[Array, "batch tokens channels"]) -> Float[Array, "batch tokens heads head_dim"]:
+        """Channels divided among heads."""
         return x.reshape(*x.shape[:2], -1, self.head_dim)
 
 
 class MLP(nnx.Module):
     """SwiGLU feed-forward network (arXiv:2002.05202)."""
+
+    activation = staticmethod(jax.nn.silu)
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         hidden, inner = config.hidden_size, config.intermediate_size
@@ -70,17 +94,21 @@ class MLP(nnx.Module):
         self.down_proj = nnx.Linear(inner, hidden, **options)
 
     def __call__(self, x: Float[Array, "batch tokens hidden"]) -> Float[Array, "batch tokens hidden"]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nnx.Module):
-    """One pre-norm transformer layer."""
+    """One pre-norm transformer layer, with number `layer`."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+    attention_class: ClassVar[type[Attention]] = Attention
+    mlp_class: ClassVar[type[MLP]] = MLP
+    norm_class: ClassVar[type[RMSNorm]] = RMSNorm
+
+    def __init__(self, config: ModelConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.input_layernorm = self.norm_class(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.self_attn = self.attention_class(config, layer, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = self.norm_class(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.mlp = self.mlp_class(config, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -103,11 +131,13 @@ class Llama(DecoderModel):
         rngs: source of the initial weights, drawn as Flax's layers draw them.
     """
 
+    layer_class: ClassVar[type[Layer]] = Layer
+
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.config = config
         self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs)
-        self.layers = nnx.List([Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.layers = nnx.List([self.layer_class(config, i, dtype=dtype, rngs=rngs) for i in range(config.num_layers)])
+        self.norm = self.layer_class.norm_class(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         if not config.tie_word_embeddings:
             self.lm_head = nnx.Linear(
                 config.hidden_size, config.vocab_size, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs
@@ -117,10 +147,14 @@ class Llama(DecoderModel):
         self, tokens: Int[Array, "batch tokens"], positions: Int[Array, "batch tokens"]
     ) -> Float[Array, "batch tokens hidden"]:
         cos, sin = rope_angles(positions, self.config)
-        x = self.embed_tokens(tokens)
+        x = self.embedded(tokens)
         for layer in self.layers:
             x = layer(x, cos, sin)
         return self.norm(x)
+
+    def embedded(self, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens hidden"]:
+        """What the first layer is given."""
+        return self.embed_tokens(tokens)
 
     def logits(self, x: Float[Array, "batch tokens hidden"]) -> Float32[Array, "batch tokens vocab"]:
         if self.config.tie_word_embeddings:
@@ -134,6 +168,20 @@ class Llama(DecoderModel):
         *owner, leaf = path
         prefix = [] if owner[0] == "lm_head" else ["model"]
         return ".".join([*prefix, *map(str, owner), "bias" if leaf == "bias" else "weight"])
+
+    @staticmethod
+    def read_config(fields: Fields) -> dict[str, Any]:
+        fields.only("hidden_act", "silu")
+        return {**read_attention_bias(fields), "mlp_bias": bool(fields.boolean("mlp_bias"))}
+
+    @staticmethod
+    def write_config(config: ModelConfig) -> dict[str, Any]:
+        return {
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "attention_bias": config.qkv_bias,
+            "mlp_bias": config.mlp_bias,
+        }
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:

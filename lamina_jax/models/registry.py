@@ -1,14 +1,19 @@
 """Architectures and the modules that implement them; a new model is one module and one entry here.
 
-A model class is made as ``Model(config, dtype=..., rngs=...)``, is called as `Llama.__call__` is, and has the static
-method `checkpoint_name`.
+A model class is a `lamina_jax.models.base.DecoderModel`, which also reads and writes what is its own in config.json.
 """
 
 import importlib
 from typing import Any
 
 # Names rather than classes, so that reading a config does not import every model.
-ARCHITECTURES = {"LlamaForCausalLM": ("lamina_jax.models.llama", "Llama")}
+ARCHITECTURES = {
+    "LlamaForCausalLM": ("lamina_jax.models.llama", "Llama"),
+    "MistralForCausalLM": ("lamina_jax.models.mistral", "Mistral"),
+    "Qwen2ForCausalLM": ("lamina_jax.models.qwen2", "Qwen2"),
+    "Qwen3ForCausalLM": ("lamina_jax.models.qwen3", "Qwen3"),
+    "Gemma2ForCausalLM": ("lamina_jax.models.gemma2", "Gemma2"),
+}
 
 
 def model_class(architecture: str) -> Any:

@@ -1,24 +1,28 @@
 """The converter: a traced model with L attends becomes L + 1 slices, of which equal ones share a program.
 
 Slice 0 ends with q, k, v of the first attend; slice i begins with the output of attend i - 1; slice L ends with the
-model's outputs (Chen et al., arXiv 2405.01814v2, section 4.1). An equation belongs to the slice given by the number
-of attends that it depends on, and every value that a later slice reads is context, kept by whoever runs the slices.
+model's outputs (Chen et al., arXiv 2405.01814v2, section 4.1). What a later slice needs of an earlier one is its
+context: the values of a minimum cut (`lamina_jax.partition.mincut`), kept by whoever runs the slices.
 
-Inside a slice the equations come in the order in which others wait for them: what q needs, then what k and v need,
-then the rest.
+Inside a slice the equations come in the order in which others wait for them: what can run before the attend's output
+is there, what q needs, what k and v need, then the rest.
 """
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.core import ShapedArray
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
 from lamina_jax.attention.attend import attend_p
+from lamina_jax.attention.params import AttendParams
+from lamina_jax.partition.mincut import nbytes, values_to_carry, variables
 from lamina_jax.partition.trace import Traced, evaluate_eqn, read, source_line
 
 
@@ -30,13 +34,14 @@ class AttendSite:
     """[batch, tokens, num_heads, head_dim]"""
     kv: ShapedArray
     """[batch, tokens, num_kv_heads, head_dim], of k and of v"""
-    scale: float
+    params: AttendParams
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SliceProgram:
     """The computation of one or more structurally equal slices, as a function of weights and context."""
 
+    before_attended: tuple[JaxprEqn, ...]
     before_q: tuple[JaxprEqn, ...]
     before_kv: tuple[JaxprEqn, ...]
     rest: tuple[JaxprEqn, ...]
@@ -46,36 +51,50 @@ class SliceProgram:
     attends: tuple[Var, Var, Var] | None
     writes: tuple[Var, ...]
 
-    def run(
-        self,
-        weights: Sequence[jax.Array],
-        reads: Sequence[jax.Array],
-        attended: jax.Array | None,
-        *,
-        send_q: Callable[[jax.Array], None],
-        send_kv: Callable[[jax.Array, jax.Array], None],
-    ) -> list[jax.Array]:
+    def run(self, weights: Sequence[jax.Array], reads: Sequence[jax.Array], ports: "Ports") -> list[jax.Array]:
         """Runs the slice, handing q, then k and v on as soon as each can be had.
 
         Args:
             weights, reads: in the order of `Slice.weights` and `Slice.reads`.
-            attended: output of the attend before this slice; None for the first.
-            send_q, send_kv: called once each, except in the last slice.
+            ports: how to reach the attention; `recv` is not called in the first slice, the sends not in the last.
 
         Returns:
             The values that the slice writes, in the order of `Slice.writes`.
         """
         env: dict[Var, Any] = dict(zip((*self.weights, *self.reads), (*weights, *reads), strict=True))
+        _evaluate_all(self.before_attended, env)
         if self.attended is not None:
-            env[self.attended] = attended
+            self._fence(env, [v for e in self.before_attended for v in e.outvars], ports)
+            env[self.attended] = ports.recv()
         _evaluate_all(self.before_q, env)
         if self.attends is not None:
-            send_q(read(env, self.attends[0]))
-        _evaluate_all(self.before_kv, env)
-        if self.attends is not None:
-            send_kv(read(env, self.attends[1]), read(env, self.attends[2]))
+            q, k, v = self.attends
+            ports.send_q(read(env, q))
+            self._fence(env, [u for e in self.before_kv for u in variables(e.invars)], ports)
+            _evaluate_all(self.before_kv, env)
+            ports.send_kv(read(env, k), read(env, v))
+            self._fence(env, [u for e in self.rest for u in variables(e.invars)], ports)
         _evaluate_all(self.rest, env)
         return [env[v] for v in self.writes]
+
+    def _fence(self, env: dict[Var, Any], candidates: Iterable[Var], ports: "Ports") -> None:
+        """Keeps what uses these values behind the last message, and the next message behind these values."""
+        fenced = [v for v in dict.fromkeys(candidates) if v in env and v not in self.weights]
+        if fenced:
+            env.update(zip(fenced, ports.fence([env[v] for v in fenced]), strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ports:
+    """How a slice reaches the attention, for whoever runs it. All are called while the slice is traced."""
+
+    recv: Callable[[], jax.Array]
+    """The output of the attend before the slice."""
+    send_q: Callable[[jax.Array], None]
+    send_kv: Callable[[jax.Array, jax.Array], None]
+    fence: Callable[[list[jax.Array]], list[jax.Array]] = list
+    """Returns the same values such that nothing computed from them can be moved before the messages so far, and no
+    later message before they are there."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,6 +111,10 @@ class Slice:
     """Values written for later slices or as outputs."""
     drops: tuple[int, ...]
     """Values that nobody reads after this slice."""
+    context: tuple[int, ...]
+    """Values, inputs aside, that are there after this slice and wanted later, as context or as outputs."""
+    context_bytes: int
+    """Bytes of the values that the next slices read, inputs aside."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -105,6 +128,8 @@ class Partition:
     num_inputs: int
     outputs: tuple[int, ...]
     """Values that are the model's outputs."""
+    values: tuple[jax.ShapeDtypeStruct, ...]
+    """Shapes of the values, by number."""
 
 
 def cut(traced: Traced) -> Partition:
@@ -114,41 +139,42 @@ def cut(traced: Traced) -> Partition:
         ValueError: there is no attend; two attends do not depend on one another, so that they cannot follow each
             other as layers do (names their source lines); or an output is a constant.
     """
-    jaxpr = traced.jaxpr
-    eqns = _needed(jaxpr.eqns, jaxpr.outvars)
+    if any(isinstance(v, Literal) for v in traced.outvars):
+        raise ValueError("An output of the model does not depend on its inputs; it cannot be produced by a slice.")
+    eqns = _needed(traced.eqns, traced.outvars)
     stages = _stages(eqns)
     attends = _attend_chain(eqns, stages)
-    weight_vars = (*jaxpr.invars[: traced.num_params], *jaxpr.constvars)
-    input_vars = tuple(jaxpr.invars[traced.num_params :])
-    if any(isinstance(v, Literal) for v in jaxpr.outvars):
-        raise ValueError("An output of the model does not depend on its inputs; it cannot be produced by a slice.")
-
-    body: list[list[JaxprEqn]] = [[] for _ in range(len(attends) + 1)]
-    for eqn in _without(eqns, attends):
-        body[stages[eqn.outvars[0]]].append(eqn)
-    weight_index = {v: i for i, v in enumerate(weight_vars)}
+    weight_index = {v: i for i, v in enumerate(traced.weight_vars)}
+    free = frozenset([*traced.weight_vars, *traced.input_vars])
+    graph = _Graph(eqns, attends, stages, free, frozenset(variables(traced.outvars)))
     programs: dict[str, SliceProgram] = {}
     plans: list[tuple[int, SliceProgram]] = []
-    for i, slice_eqns in enumerate(body):
-        before = attends[i - 1].outvars[0] if i else None
-        after = attends[i] if i < len(attends) else None
-        program = _slice_program(slice_eqns, weight_index, before, after, _read_elsewhere(i, body, attends, jaxpr))
+    carried: list[Var] = []
+    for i in range(len(attends) + 1):
+        program, carried = graph.slice_program(i, carried, weight_index)
         key = _structure(program)
         programs.setdefault(key, program)
         plans.append((list(programs).index(key), program))
 
-    values = {v: i for i, v in enumerate(input_vars)}
+    values = {v: i for i, v in enumerate(traced.input_vars)}
     for _, program in plans:
         for v in program.writes:
             values.setdefault(v, len(values))
-    outputs = tuple(values[v] for v in _variables(jaxpr.outvars))
+    outputs = tuple(values[v] for v in variables(traced.outvars))
     return Partition(
         programs=tuple(programs.values()),
-        slices=_slices(plans, weight_index, values, outputs),
+        slices=_slices(plans, weight_index, values, outputs, len(traced.input_vars)),
         sites=tuple(_site(e) for e in attends),
-        num_inputs=len(input_vars),
+        num_inputs=len(traced.input_vars),
         outputs=outputs,
+        values=tuple(shape_of(v) for v in values),
     )
+
+
+def shape_of(variable: Var) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of a variable's value."""
+    aval: Any = variable.aval
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
 def _evaluate_all(eqns: Iterable[JaxprEqn], env: dict[Var, Any]) -> None:
@@ -156,16 +182,12 @@ def _evaluate_all(eqns: Iterable[JaxprEqn], env: dict[Var, Any]) -> None:
         evaluate_eqn(eqn, env)
 
 
-def _variables(atoms: Iterable[Var | Literal]) -> list[Var]:
-    return [a for a in atoms if not isinstance(a, Literal)]
-
-
 def _needed(eqns: Sequence[JaxprEqn], targets: Iterable[Var | Literal]) -> list[JaxprEqn]:
     """The equations that `targets` depend on, in their order."""
-    wanted, kept = set(_variables(targets)), []
+    wanted, kept = set(variables(targets)), []
     for eqn in reversed(eqns):
         if wanted.intersection(eqn.outvars):
-            wanted.update(_variables(eqn.invars))
+            wanted.update(variables(eqn.invars))
             kept.append(eqn)
     return kept[::-1]
 
@@ -179,7 +201,7 @@ def _stages(eqns: Sequence[JaxprEqn]) -> dict[Var, int]:
     """For every variable, how many attends in a row it depends on."""
     stages: dict[Var, int] = {}
     for eqn in eqns:
-        stage = max((stages.get(v, 0) for v in _variables(eqn.invars)), default=0)
+        stage = max((stages.get(v, 0) for v in variables(eqn.invars)), default=0)
         stage += eqn.primitive is attend_p
         stages.update((v, stage) for v in eqn.outvars)
     return stages
@@ -198,47 +220,111 @@ def _attend_chain(eqns: Sequence[JaxprEqn], stages: dict[Var, int]) -> list[Jaxp
     return attends
 
 
-def _read_elsewhere(i: int, body: list[list[JaxprEqn]], attends: list[JaxprEqn], jaxpr: Jaxpr) -> set[Var]:
-    """Variables that something outside slice i reads as context: later slices, or the caller."""
-    later = {v for eqns in body[i + 1 :] for e in eqns for v in _variables(e.invars)}
-    later.update(v for e in attends[i + 1 :] for v in _variables(e.invars))
-    return later.union(_variables(jaxpr.outvars))
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Graph:
+    """The model between its attends."""
 
+    eqns: list[JaxprEqn]
+    attends: list[JaxprEqn]
+    stages: Mapping[Var, int]
+    free: frozenset[Var]
+    """Weights, constants and inputs."""
+    outputs: frozenset[Var]
 
-def _slice_program(
-    eqns: list[JaxprEqn], weight_index: dict[Var, int], attended: Var | None, attend: JaxprEqn | None, wanted: set[Var]
-) -> SliceProgram:
-    targets = _variables(attend.invars) if attend else []
-    before_q = _needed(eqns, targets[:1])
-    before_kv = _without(_needed(eqns, targets), before_q)
-    rest = _without(eqns, [*before_q, *before_kv])
-    ordered = [*before_q, *before_kv, *rest]
-    made = dict.fromkeys(v for e in ordered for v in e.outvars)
-    free = [v for e in ordered for v in _variables(e.invars)] + targets
-    free = [v for v in dict.fromkeys(free) if v not in made and v is not attended]
-    writes = [v for v in made if v in wanted]
-    if attended in wanted:
-        writes.append(attended)
-    return SliceProgram(
-        before_q=tuple(before_q),
-        before_kv=tuple(before_kv),
-        rest=tuple(rest),
-        weights=tuple(v for v in free if v in weight_index),
-        reads=tuple(v for v in free if v not in weight_index),
-        attended=attended,
-        attends=(targets[0], targets[1], targets[2]) if attend else None,
-        writes=tuple(writes),
-    )
+    @functools.cached_property
+    def makers(self) -> dict[Var, JaxprEqn]:
+        return {v: e for e in self.eqns for v in e.outvars}
+
+    @functools.cached_property
+    def order(self) -> dict[int, int]:
+        """Position of each equation, by its id."""
+        return {id(e): i for i, e in enumerate(self.eqns)}
+
+    def needed(self, targets: Iterable[Var], known: Collection[Var]) -> list[JaxprEqn]:
+        """The equations that `targets` depend on, in their order, where the values `known` are there already."""
+        found: dict[int, JaxprEqn] = {}
+        stack = [v for v in targets if v not in known]
+        while stack:
+            eqn = self.makers[stack.pop()]
+            if id(eqn) not in found:
+                found[id(eqn)] = eqn
+                stack.extend(v for v in variables(eqn.invars) if v not in known)
+        return sorted(found.values(), key=lambda e: self.order[id(e)])
+
+    @functools.cached_property
+    def read_after(self) -> list[set[Var]]:
+        """For each slice, the variables that do not depend on its attend but are read by something that does."""
+        wanted: list[set[Var]] = [set() for _ in range(len(self.attends) + 1)]
+        for eqn in self.eqns:
+            # An attend reads its q, k and v in the slice before it.
+            last = self.stages[eqn.outvars[0]] - (eqn.primitive is attend_p)
+            for v in variables(eqn.invars):
+                for i in range(self.stages.get(v, 0), last):
+                    wanted[i].add(v)
+        return wanted
+
+    def slice_program(
+        self, i: int, given: list[Var], weight_index: Mapping[Var, int]
+    ) -> tuple[SliceProgram, list[Var]]:
+        """Slice i, which is given the context `given`, and the context that it leaves."""
+        attended = self.attends[i - 1].outvars[0] if i else None
+        attend = self.attends[i] if i < len(self.attends) else None
+        present = {*given, *([attended] if attended else [])}
+        known = present | self.free
+        targets = variables(attend.invars) if attend else []
+        carried: list[Var] = []
+        if attend is not None:
+            carried = values_to_carry(
+                makers=self.makers,
+                wanted=self.read_after[i],
+                present=present,
+                free=self.free,
+                computed=self.needed(targets, known),
+            )
+        done = {v for v in self.outputs if self.stages.get(v, 0) == i and v not in self.free}
+        writes = [*carried, *done]
+        before_q = self.needed(targets[:1], known)
+        before_kv = _without(self.needed(targets, known), before_q)
+        rest = _without(self.needed([*targets, *writes], known), [*before_q, *before_kv])
+        groups = self._with_early_group(attended, before_q, before_kv, rest)
+        made = dict.fromkeys(v for group in groups for e in group for v in e.outvars)
+        read_vars = [v for group in groups for e in group for v in variables(e.invars)] + targets
+        reads = [v for v in dict.fromkeys(read_vars) if v not in made and v is not attended]
+        program = SliceProgram(
+            *map(tuple, groups),
+            weights=tuple(v for v in reads if v in weight_index),
+            reads=tuple(v for v in reads if v not in weight_index),
+            attended=attended,
+            attends=(targets[0], targets[1], targets[2]) if attend else None,
+            # In the order in which they are made, so that equal slices have equal lists.
+            writes=tuple(v for v in (*made, attended) if v in set(writes)),
+        )
+        return program, carried
+
+    @staticmethod
+    def _with_early_group(attended: Var | None, *groups: list[JaxprEqn]) -> list[list[JaxprEqn]]:
+        """The groups, and before them one of all equations that need not wait for `attended`."""
+        if attended is None:
+            return [[], *groups]
+        tainted, late = {attended}, []
+        for eqn in itertools.chain(*groups):
+            if tainted.intersection(variables(eqn.invars)):
+                tainted.update(eqn.outvars)
+                late.append(eqn)
+        early = _without(list(itertools.chain(*groups)), late)
+        return [early, *(_without(group, early) for group in groups)]
 
 
 def _slices(
-    plans: list[tuple[int, SliceProgram]],
-    weight_index: dict[Var, int],
-    values: dict[Var, int],
+    plans: Sequence[tuple[int, SliceProgram]],
+    weight_index: Mapping[Var, int],
+    values: Mapping[Var, int],
     outputs: tuple[int, ...],
+    num_inputs: int,
 ) -> tuple[Slice, ...]:
+    sizes = {values[v]: nbytes(v) for _, program in plans for v in program.writes}
     slices: list[Slice] = []
-    alive = set(outputs)
+    alive, made = set(outputs), set(sizes)
     for index, program in reversed(plans):
         reads = tuple(values[v] for v in program.reads)
         writes = tuple(values[v] for v in program.writes)
@@ -249,15 +335,19 @@ def _slices(
                 reads=reads,
                 writes=writes,
                 drops=tuple(sorted({*reads, *writes} - alive)),
+                context=tuple(sorted(i for i in alive.intersection(made) if i >= num_inputs)),
+                context_bytes=sum(sizes[i] for i in alive.difference(outputs) if i >= num_inputs),
             )
         )
         alive.update(reads)
+        alive.difference_update(writes)
+        made.difference_update(writes)
     return tuple(reversed(slices))
 
 
 def _site(eqn: JaxprEqn) -> AttendSite:
     q, k, _ = eqn.invars
-    return AttendSite(q=q.aval, kv=k.aval, scale=eqn.params["scale"])  # pyright: ignore[reportArgumentType]
+    return AttendSite(q=q.aval, kv=k.aval, params=AttendParams(**eqn.params))  # pyright: ignore[reportArgumentType]
 
 
 def _structure(program: SliceProgram) -> str:
@@ -275,7 +365,7 @@ def _structure(program: SliceProgram) -> str:
 
     for group in (program.weights, program.reads, [program.attended] if program.attended else []):
         note("arguments", [name(v) for v in group])
-    for group in (program.before_q, program.before_kv, program.rest):
+    for group in (program.before_attended, program.before_q, program.before_kv, program.rest):
         for eqn in group:
             operands, params = [name(v) for v in eqn.invars], _frozen(eqn.params)
             note(eqn.primitive.name, params, operands, [name(v) for v in eqn.outvars])

@@ -4,11 +4,13 @@ It decides nothing. The engine tells it over the control socket which step comes
 program that reads q, k and v from a channel, keeps the cache in place, and writes the output to another channel.
 """
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,6 +22,8 @@ from absl import app, flags, logging
 from lamina_jax.attention.cache import PagedCache, StepTables, append
 from lamina_jax.attention.kernels import get_kernel
 from lamina_jax.attention.merge import merge
+from lamina_jax.attention.params import LayerParams
+from lamina_jax.runtime import timeline
 from lamina_jax.runtime.control import ControlClient
 from lamina_jax.runtime.messages import (
     AttentionWorkerConfig,
@@ -33,26 +37,30 @@ from lamina_jax.runtime.messages import (
     Shutdown,
 )
 from lamina_jax.runtime.stamps import first_stamp, next_layer, next_step
-from lamina_jax.transport import Channel, Tag, attach, recv, send
+from lamina_jax.transport import Channel, Tag, attach, fence, recv, send
+from lamina_jax.transport.recorder import start_recording
 
 _CONTROL = flags.DEFINE_string("control", None, "ZeroMQ address of the engine's control socket.", required=True)
 _INDEX = flags.DEFINE_integer("index", None, "Number of this worker, from 0.", required=True)
 _ENGINE_PID = flags.DEFINE_integer("engine_pid", None, "The worker ends when this process does.", required=True)
 
 _POLL_MS = 50
+# The engine's waits have the deadlines, so it can say who is late, and may be stopped for a while (Ctrl-Z). Should it
+# die, the channels and `_end_with` notice at once.
+_PATIENCE_S = 24 * 3600.0
 
 
 class AttentionWorker:
     """One worker's cache, channels and compiled steps."""
 
-    def __init__(self, config: AttentionWorkerConfig, inbox: Channel, outbox: Channel):
+    def __init__(self, config: AttentionWorkerConfig, inboxes: Sequence[Channel], outboxes: Sequence[Channel]):
         self._config = config
-        self._inbox, self._outbox = inbox, outbox
+        self._inboxes, self._outboxes = inboxes, outboxes
         self._kernel = get_kernel(config.kernel)
-        self._compiled: dict[Bucket, jax.stages.Compiled] = {}
-        self._stamp = first_stamp()
+        self._compiled: dict[tuple[Bucket, int], jax.stages.Compiled] = {}
+        self._stamps = jnp.stack([first_stamp(b) for b in range(len(inboxes))])
         self._cache = PagedCache.zeros(
-            num_layers=len(config.scales),
+            num_layers=len(config.layers),
             num_pages=config.num_pages,
             num_kv_heads=config.num_kv_heads,
             page_size=config.page_size,
@@ -61,56 +69,73 @@ class AttentionWorker:
         )
         self._in_flight: deque[Any] = deque()
 
-    def prepare(self, bucket: Bucket) -> None:
-        """Compiles the step of a bucket, unless that was done before."""
-        if bucket in self._compiled:
+    def prepare(self, bucket: Bucket, num_batches: int) -> None:
+        """Compiles the step of a bucket for so many batches at a time, unless that was done before."""
+        if (bucket, num_batches) in self._compiled:
             return
-        tables = StepTables.shapes(bucket.batch, bucket.max_pages)
+        tables = [StepTables.shapes(bucket.batch, bucket.max_pages)] * num_batches
+        batches = jax.ShapeDtypeStruct((num_batches,), jnp.int32)
         step = jax.jit(self._step, static_argnames="tokens", donate_argnames="cache")
-        self._compiled[bucket] = step.lower(self._cache, self._stamp, tables, tokens=bucket.tokens).compile()
+        lowered = step.lower(self._cache, self._stamps, batches, tables, tokens=bucket.tokens)
+        self._compiled[bucket, num_batches] = lowered.compile()
 
     def dispatch(self, message: RunStep) -> None:
-        """Puts one step on the device; returns before it has run."""
-        bucket = message.bucket
-        self.prepare(bucket)
-        tables = StepTables(
-            context_lens=np.frombuffer(message.context_lens, np.int32),
-            num_new=np.frombuffer(message.num_new, np.int32),
-            block_tables=np.frombuffer(message.block_tables, np.int32).reshape(bucket.batch, bucket.max_pages),
-        )
-        self._cache, self._stamp = self._compiled[bucket](self._cache, self._stamp, tables)
-        self._in_flight.append(self._stamp)
+        """Puts one step of some batches on the device; returns before it has run."""
+        bucket, count = message.bucket, len(message.batches)
+        self.prepare(bucket, count)
+        array = lambda data, *shape: np.frombuffer(data, np.int32).reshape(count, bucket.batch, *shape)  # noqa: E731
+        fields = (array(message.context_lens), array(message.num_new), array(message.block_tables, bucket.max_pages))
+        tables = [
+            StepTables(context_lens=context_lens, num_new=num_new, block_tables=block_tables)
+            for context_lens, num_new, block_tables in zip(*fields, strict=True)
+        ]
+        batches = np.array(message.batches, np.int32)
+        self._cache, self._stamps = self._compiled[bucket, count](self._cache, self._stamps, batches, tables)
+        self._in_flight.append(self._stamps)
 
     def reap(self) -> None:
         """Forgets the steps that have run. Raises the error of one that failed."""
         while self._in_flight and self._in_flight[0].is_ready():
             self._in_flight.popleft().block_until_ready()
 
-    def _step(self, cache: PagedCache, stamp: jax.Array, tables: StepTables, *, tokens: int):
-        scales = jnp.asarray(self._config.scales, jnp.float32)
-        layers = jnp.arange(len(self._config.scales), dtype=jnp.int32)
+    def _step(self, cache: PagedCache, stamps, batches, tables: list[StepTables], *, tokens: int):
+        params = LayerParams.stack(self._config.layers)
+        layers = jnp.arange(len(self._config.layers), dtype=jnp.int32)
 
         def layer(carry, xs):
-            return self._layer(*carry, *xs, tables=tables, tokens=tokens), None
+            cache, own = carry
+            done = []
+            for stamp, batch_tables in zip(own, tables, strict=True):
+                if done:
+                    # Batches take turns: no recv may hold a thread that an earlier batch needs.
+                    _, (stamp,) = fence(done[-1], [stamp])
+                cache, stamp = self._layer(cache, stamp, *xs, tables=batch_tables, tokens=tokens)
+                done.append(stamp)
+            return (cache, done), None
 
-        (cache, stamp), _ = jax.lax.scan(layer, (cache, next_step(stamp)), (layers, scales))
-        return cache, stamp
+        own = [next_step(stamps[batches[i]]) for i in range(len(tables))]
+        (cache, own), _ = jax.lax.scan(layer, (cache, own), (layers, params))
+        return cache, stamps.at[batches].set(jnp.stack(own))
 
-    def _layer(self, cache: PagedCache, stamp, layer, scale, *, tables: StepTables, tokens: int):
+    def _layer(self, cache: PagedCache, stamp, layer, params: LayerParams, *, tables: StepTables, tokens: int):
         config = self._config
         batch = tables.context_lens.shape[0]
         q_spec = jax.ShapeDtypeStruct((batch, tokens, config.num_heads, config.head_dim), config.dtype)
         kv_spec = jax.ShapeDtypeStruct((batch, tokens, config.num_kv_heads, config.head_dim), config.dtype)
 
-        (q,), stamp = recv(self._inbox, stamp, [q_spec], tag=Tag.Q)
-        cached = self._kernel.attend_cached(q, cache, layer, tables, scale)
-        (k, v), stamp = recv(self._inbox, stamp, [kv_spec, kv_spec], tag=Tag.KV)
-        new = self._kernel.attend_new(q, k, v, scale)
+        (q,), stamp = recv(self._inboxes, stamp, [q_spec], tag=Tag.Q)
+        cached = self._kernel.attend_cached(q, cache, layer, tables, params)
+        # k and v are taken when they are wanted, not waited for by a thread that attention could use.
+        leaves, tree = jax.tree.flatten(cached)
+        stamp, leaves = fence(stamp, leaves)
+        cached = jax.tree.unflatten(tree, leaves)
+        (k, v), stamp = recv(self._inboxes, stamp, [kv_spec, kv_spec], tag=Tag.KV)
+        new = self._kernel.attend_new(q, k, v, params)
         # XLA writes the cache in place only if it knows that every read of this layer came first; without the
         # barrier it copies the whole cache, once per layer (measured: 595 ms a step instead of 17).
         cached, k, v = jax.lax.optimization_barrier((cached, k, v))
         cache = append(cache, layer, k, v, tables)
-        stamp = send(self._outbox, stamp, [merge(cached, new).output(config.dtype)], tag=Tag.ATTENDED)
+        stamp = send(self._outboxes, stamp, [merge(cached, new).output(config.dtype)], tag=Tag.ATTENDED)
         return cache, next_layer(stamp)
 
 
@@ -121,7 +146,7 @@ def main(argv: list[str]) -> None:
     client = ControlClient(_CONTROL.value)
     _end_with(_ENGINE_PID.value, client)
     try:
-        client.send(Hello(worker=_INDEX.value, pid=os.getpid()))
+        client.send(Hello(worker=_INDEX.value))
         _serve(client)
     except Exception as error:
         logging.info("attention worker %d failed", _INDEX.value, exc_info=True)
@@ -134,6 +159,11 @@ def main(argv: list[str]) -> None:
 
 
 def _serve(client: ControlClient) -> None:
+    with contextlib.ExitStack() as at_end:
+        _obey(client, at_end)
+
+
+def _obey(client: ControlClient, at_end: contextlib.ExitStack) -> None:
     worker: AttentionWorker | None = None
     while True:
         message = client.receive(timeout_ms=_POLL_MS)
@@ -142,9 +172,10 @@ def _serve(client: ControlClient) -> None:
                 return
             case Configure():
                 worker = _configure(message)
+                _record(message.config, at_end)
                 client.send(Done())
             case Prepare() if worker is not None:
-                worker.prepare(message.bucket)
+                worker.prepare(message.bucket, message.num_batches)
                 client.send(Done())
             case RunStep() if worker is not None:
                 worker.dispatch(message)
@@ -158,10 +189,17 @@ def _serve(client: ControlClient) -> None:
 
 def _configure(message: Configure) -> AttentionWorker:
     config = message.config
-    options = {"peer": "model worker", "timeout_s": config.timeout_s}
-    inbox = attach(message.inbox, role="reader", **options)
-    outbox = attach(message.outbox, role="writer", **options)
-    return AttentionWorker(config, inbox, outbox)
+    options = {"peer": "model worker", "timeout_s": _PATIENCE_S}
+    inboxes = [attach(address, role="reader", **options) for address in message.inboxes]
+    outboxes = [attach(address, role="writer", **options) for address in message.outboxes]
+    return AttentionWorker(config, inboxes, outboxes)
+
+
+def _record(config: AttentionWorkerConfig, at_end: contextlib.ExitStack) -> None:
+    """Starts this worker's timeline, to be written at the end, also of a run that failed."""
+    if config.trace_dir is not None:
+        start_recording(timeline.CAPACITY)
+        at_end.callback(timeline.write, config.trace_dir, config.name)
 
 
 def _end_with(pid: int, client: ControlClient) -> None:
@@ -169,6 +207,7 @@ def _end_with(pid: int, client: ControlClient) -> None:
     try:
         engine = os.pidfd_open(pid)
     except ProcessLookupError:
+        client.remove_files()
         sys.exit(f"attention worker: the engine (pid {pid}) is gone already")
 
     def watch() -> None:

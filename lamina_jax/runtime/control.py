@@ -14,17 +14,24 @@ import zmq
 from lamina_jax.runtime.messages import FromWorker, ToWorker
 
 _LINGER_MS: Final = 200
+_MAX_PARENT: Final = 80
 
 
 class ControlServer:
     """The engine's end: one socket, workers known by their index once they have said Hello."""
 
     def __init__(self) -> None:
-        self._directory = tempfile.mkdtemp(prefix="lamina-")
+        parent = tempfile.gettempdir()
+        # The path of a Unix socket has at most 107 bytes.
+        self._directory = tempfile.mkdtemp(prefix="lamina-", dir=parent if len(parent) < _MAX_PARENT else "/tmp")
         self.address = f"ipc://{self._directory}/control"
         self._socket = zmq.Context.instance().socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
-        self._socket.bind(self.address)
+        try:
+            self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
+            self._socket.bind(self.address)
+        except BaseException:
+            self.close()
+            raise
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromWorker)
 
@@ -39,10 +46,15 @@ class ControlServer:
         peer, body = self._socket.recv_multipart()
         return peer, self._decoder.decode(body)
 
-    def close(self) -> None:
-        """Closes the socket and removes its directory."""
-        self._socket.close()
+    def remove_files(self) -> None:
+        """Removes the socket's directory: who is connected stays so, nobody else can come, and nothing is left behind
+        whatever happens to this process."""
         shutil.rmtree(self._directory, ignore_errors=True)
+
+    def close(self) -> None:
+        """Closes the socket and removes its directory. May be called twice."""
+        self._socket.close()
+        self.remove_files()
 
 
 class ControlClient:

@@ -5,6 +5,7 @@ Tensors of a step never travel here, only through channels; what does is sent ah
 
 import msgspec
 
+from lamina_jax.attention.params import AttendParams
 from lamina_jax.transport import ChannelAddress
 
 
@@ -13,8 +14,8 @@ class AttentionWorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     """As it appears in errors, e.g. 'attention worker 1'."""
-    scales: tuple[float, ...]
-    """Factor on the scores, one per layer."""
+    layers: tuple[AttendParams, ...]
+    """The parameters of each layer's attention."""
     num_heads: int
     """Query heads of this worker."""
     num_kv_heads: int
@@ -27,8 +28,8 @@ class AttentionWorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Pages of the pool, the same number in each layer."""
     kernel: str
     """Name in `lamina_jax.attention.kernels.KERNELS`."""
-    timeout_s: float
-    """Longest wait for one message of the model worker, in seconds."""
+    trace_dir: str | None = None
+    """Where the worker writes its timeline when it ends; None records nothing."""
 
 
 class Bucket(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,35 +47,38 @@ class Hello(msgspec.Struct, tag=True):
     """Worker: I am up."""
 
     worker: int
-    pid: int
 
 
 class Configure(msgspec.Struct, tag=True):
     """Engine: this is your share; attach to these channels."""
 
     config: AttentionWorkerConfig
-    inbox: ChannelAddress
-    """The worker reads q, k and v here."""
-    outbox: ChannelAddress
-    """The worker writes attention outputs here."""
+    inboxes: tuple[ChannelAddress, ...]
+    """The worker reads q, k and v of each batch here."""
+    outboxes: tuple[ChannelAddress, ...]
+    """The worker writes attention outputs of each batch here."""
 
 
 class Prepare(msgspec.Struct, tag=True):
-    """Engine: compile this bucket now, so that no step has to wait for it."""
+    """Engine: compile this bucket now for so many batches, so that no step has to wait for it."""
 
     bucket: Bucket
+    num_batches: int
+    """Batches that take their steps together."""
 
 
 class RunStep(msgspec.Struct, tag=True):
-    """Engine: run one step. Arrays are int32 in native byte order, shaped by the bucket."""
+    """Engine: run one step of some batches, layer by layer in turn. Arrays are int32 in native byte order."""
 
     bucket: Bucket
+    batches: tuple[int, ...]
+    """Numbers of the batches, below the number of channels."""
     context_lens: bytes
-    """[batch]"""
+    """[len(batches), batch]"""
     num_new: bytes
-    """[batch]"""
+    """[len(batches), batch]"""
     block_tables: bytes
-    """[batch, max_pages]"""
+    """[len(batches), batch, max_pages]"""
 
 
 class Done(msgspec.Struct, tag=True):

@@ -5,6 +5,7 @@ reads tokens only to find out what was said; it may be late.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,28 +22,38 @@ from lamina_jax.runtime.sampler import SamplingMode, SamplingTensors, sample
 class ModelWorker:
     """Runs planned steps through an executor and keeps each slot's last token."""
 
-    def __init__(self, executor: Executor, num_slots: int) -> None:
+    def __init__(self, executor: Executor, *, num_slots: int, num_batches: int) -> None:
         self.executor = executor
-        self._last_tokens: jax.Array = jnp.zeros((num_slots,), jnp.int32)
+        self._num_slots = num_slots
+        # Of each batch, wherever its last slice ran.
+        self._last_tokens: list[jax.Array] = [jnp.zeros((num_slots,), jnp.int32) for _ in range(num_batches)]
 
-    def prepare(self, bucket: Bucket) -> None:
-        """Compiles what steps of a bucket need. Raises WorkerError if a worker fails."""
-        self.executor.prepare(bucket)
+    def prepare(self, bucket: Bucket, num_batches: int) -> None:
+        """Compiles what steps of so many batches of a bucket need. Raises WorkerError if a worker fails."""
+        self.executor.prepare(bucket, num_batches)
 
-    def run(self, plan: StepPlan) -> Int[Array, " batch"]:
-        """Dispatches a step and returns its sampled tokens, which are not there yet."""
-        return self.run_with_logits(plan)[0]
+    def run(self, plans: Sequence[StepPlan]) -> list[Int[Array, " batch"]]:
+        """Dispatches a step of several batches and returns the sampled tokens of each, which are not there yet."""
+        return [sampled for sampled, _ in self.run_with_logits(plans)]
 
-    def run_with_logits(self, plan: StepPlan) -> tuple[Int[Array, " batch"], Float[Array, "batch vocab"]]:
+    def run_with_logits(
+        self, plans: Sequence[StepPlan]
+    ) -> list[tuple[Int[Array, " batch"], Float[Array, "batch vocab"]]]:
         """As `run`, with the logits that were sampled from."""
-        tokens = _tokens_of(self._last_tokens, plan.slots) if plan.tokens is None else plan.tokens
-        logits = self.executor.forward(plan, tokens)
+        tokens = [_tokens_of(self._last_tokens[p.batch], p.slots) if p.tokens is None else p.tokens for p in plans]
+        results: dict[int, tuple[jax.Array, jax.Array]] = {}
+        for i, logits in self.executor.forward(plans, tokens):
+            results[i] = self._sample(plans[i], logits), logits
+        return [results[i] for i in range(len(plans))]
+
+    def _sample(self, plan: StepPlan, logits: jax.Array) -> jax.Array:
         ends = plan.context_lens + plan.num_new
-        slots = np.where(plan.emits, plan.slots, len(self._last_tokens))
-        self._last_tokens, sampled = _sample_into(
-            self._last_tokens, logits, plan.sampling, ends, slots, mode=plan.sampling_mode
+        slots = np.where(plan.emits, plan.slots, self._num_slots)
+        last_tokens = jax.device_put(self._last_tokens[plan.batch], logits.sharding)
+        self._last_tokens[plan.batch], sampled = _sample_into(
+            last_tokens, logits, plan.sampling, ends, slots, mode=plan.sampling_mode
         )
-        return sampled, logits
+        return sampled
 
 
 def model_function(model: nnx.Module):

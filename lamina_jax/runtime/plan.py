@@ -17,6 +17,8 @@ class StepPlan:
     """
 
     bucket: Bucket
+    batch: int
+    """Which of the batches in flight this is a step of."""
     tokens: Int[np.ndarray, "batch tokens"] | None
     """The new tokens; None for the token that was sampled last for each row's slot, which the host need not know."""
     slots: Int[np.ndarray, " batch"]

@@ -34,26 +34,34 @@ class AttentionWorkerPool:
     """Starts `num_workers` attention workers; `close` ends them, and so does the end of this process."""
 
     def __init__(self, num_workers: int) -> None:
+        self._pid = os.getpid()
         self._control = ControlServer()
         self._peers: dict[int, bytes] = {}
         self._pending: dict[int, int] = dict.fromkeys(range(num_workers), 0)
-        self._processes = [self._spawn(i) for i in range(num_workers)]
+        self._processes: list[subprocess.Popen] = []
+        try:
+            for i in range(num_workers):
+                self._processes.append(self._spawn(i))
+        except BaseException:
+            self.close()
+            raise
 
     def names(self) -> list[str]:
         """As they appear in errors."""
-        return [f"attention worker {i}" for i in range(len(self._processes))]
+        return [f"attention worker {i}" for i in self._pending]
 
     def configure(self, messages: Sequence[Configure]) -> None:
         """Waits for every worker to be up and gives each its share. Raises WorkerError if one does not come."""
         self._wait(lambda: len(self._peers) == len(self._processes), _START_TIMEOUT_S, "start")
+        self._control.remove_files()
         for worker, message in enumerate(messages):
             self._ask(worker, message)
         self.wait_done("attach to its channels", _START_TIMEOUT_S)
 
-    def prepare(self, bucket: Bucket) -> None:
-        """Asks every worker to compile a bucket; `wait_done` waits for that."""
+    def prepare(self, bucket: Bucket, num_batches: int) -> None:
+        """Asks every worker to compile a bucket for steps of `num_batches` batches; `wait_done` waits for that."""
         for worker in self._peers:
-            self._ask(worker, Prepare(bucket=bucket))
+            self._ask(worker, Prepare(bucket=bucket, num_batches=num_batches))
 
     def wait_done(self, what: str = "compile a step", timeout_s: float = _PREPARE_TIMEOUT_S) -> None:
         """Waits until everything asked is done. Raises WorkerError naming the workers that are not."""
@@ -66,6 +74,7 @@ class AttentionWorkerPool:
 
     def check(self) -> None:
         """Raises WorkerError if a worker failed or died."""
+        self._check_killed()
         while (received := self._control.receive(timeout_ms=0)) is not None:
             self._take(*received)
         self._check_alive()
@@ -74,7 +83,7 @@ class AttentionWorkerPool:
         """The error to show for `error` of a channel, with the worker's own reason if it gives one soon."""
         deadline = time.monotonic() + _EXPLAIN_S
         try:
-            self._check_alive()
+            self.check()
             while time.monotonic() < deadline:
                 self._pump()
                 self._check_alive()
@@ -83,18 +92,28 @@ class AttentionWorkerPool:
         return WorkerError(str(error))
 
     def close(self) -> None:
-        """Ends all workers: asked first, then killed."""
-        for worker in self._peers:
-            if self._processes[worker].poll() is None:
-                self._control.send(self._peers[worker], Shutdown())
-        deadline = time.monotonic() + (_END_TIMEOUT_S if self._peers else 0.0)
-        for process in self._processes:
+        """Ends all workers: asked first, then killed. May be called twice; a forked child leaves them alone."""
+        if os.getpid() != self._pid:
+            return
+        try:
+            self._end_politely()
+        finally:
+            # Also when a second Ctrl-C comes while the workers are still ending.
+            for process in self._processes:
+                process.kill()
+            for process in self._processes:
+                process.wait()
+            self._control.close()
+
+    def _end_politely(self) -> None:
+        running = [(self._processes[i], peer) for i, peer in self._peers.items() if self._processes[i].poll() is None]
+        self._peers.clear()
+        for _, peer in running:
+            self._control.send(peer, Shutdown())
+        deadline = time.monotonic() + _END_TIMEOUT_S
+        for process, _ in running:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-        self._control.close()
 
     def _spawn(self, index: int) -> subprocess.Popen:
         command = [sys.executable, "-m", "lamina_jax.runtime.attention_worker"]
@@ -134,6 +153,11 @@ class AttentionWorkerPool:
             pid = self._processes[worker].pid
             raise WorkerError(f"attention worker {worker} (pid {pid}) failed: {message.message}")
         self._pending[worker] -= 1
+
+    def _check_killed(self) -> None:
+        """As `_check_alive`, for deaths that no message explains better."""
+        if any((status := process.poll()) is not None and status < 0 for process in self._processes):
+            self._check_alive()
 
     def _check_alive(self) -> None:
         for index, process in enumerate(self._processes):

@@ -60,9 +60,26 @@ TINY_CONFIGS: dict[str, ModelConfig] = {
         bos_token_id=None,
         eos_token_ids=(256,),
     ),
-    "bias": dataclasses.replace(_BASE, attention_bias=True, mlp_bias=True),
+    "bias": dataclasses.replace(_BASE, qkv_bias=True, o_bias=True, mlp_bias=True),
+    "mistral": dataclasses.replace(_BASE, architecture="MistralForCausalLM", windows=(24, 24)),
+    "qwen2": dataclasses.replace(_BASE, architecture="Qwen2ForCausalLM", qkv_bias=True, windows=(None, 24)),
+    "qwen3": dataclasses.replace(_BASE, architecture="Qwen3ForCausalLM", head_dim=12),
+    # Caps are within the spread of what they bound, and the scores' factor is not that of the head_dim.
+    "gemma2": dataclasses.replace(
+        _BASE,
+        architecture="Gemma2ForCausalLM",
+        num_layers=4,
+        tie_word_embeddings=True,
+        windows=(24, None, 24, None),
+        query_pre_attn_scalar=64,
+        attention_soft_cap=4.0,
+        logit_soft_cap=6.0,
+    ),
 }
-"""One config for each thing in which LLaMA models differ. Every one has 256 byte tokens and 512 positions."""
+"""One config for each thing in which LLaMA models differ, and one for each other architecture.
+
+Every one has 256 byte tokens and 512 positions. Windows are shorter than most of the goldens' prompts.
+"""
 
 TINY_SEEDS: dict[str, int] = dict.fromkeys(TINY_CONFIGS, 0) | {
     "mha": 8,
@@ -72,6 +89,10 @@ TINY_SEEDS: dict[str, int] = dict.fromkeys(TINY_CONFIGS, 0) | {
     "tied": 1,
     "odd": 9,
     "bias": 14,
+    "mistral": 3,
+    "qwen2": 1,
+    "qwen3": 8,
+    "gemma2": 7,
 }
 """Seeds of the weights that `tests/goldens` was made with: those that no near-tie comes up with."""
 
@@ -166,6 +187,9 @@ def _draw(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> 
 
 
 def _gain(name: str, config: ModelConfig) -> float:
+    if "embed_tokens" in name and config.architecture == "Gemma2ForCausalLM":
+        # It is multiplied by a number anyway; more, and every token would be followed by itself.
+        return 1.0
     if "lm_head" in name or ("embed_tokens" in name and config.tie_word_embeddings):
         return 2.0
     # Peaked enough attention for its mistakes to show; much more, and rounding errors grow from layer to layer.

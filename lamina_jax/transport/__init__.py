@@ -11,7 +11,7 @@ from lamina_jax.transport.base import (
     channel_class,
     channel_kinds,
 )
-from lamina_jax.transport.ops import Stamp, make_stamp, recv, send
+from lamina_jax.transport.ops import Stamp, fence, make_stamp, recv, send
 from lamina_jax.transport.shm import ShmChannel
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "attach",
     "channel_class",
     "channel_kinds",
+    "fence",
     "make_stamp",
     "recv",
     "send",

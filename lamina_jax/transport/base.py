@@ -26,6 +26,7 @@ class Tag(enum.IntEnum):
     Q = 1
     KV = 2
     ATTENDED = 3
+    CONTEXT = 4  # values that migrate between replicas of the model worker
 
     @property
     def label(self) -> str:
@@ -105,7 +106,7 @@ class Channel(abc.ABC):
     to reach those. A kind of channel has to keep these promises:
 
     - Every wait ends: with a message, when the peer dies (within two seconds), on `abort` or `close` of either end, or
-      after `timeout_s`. All but the first are errors that name operation, tag, step, layer and peer.
+      after `timeout_s`. All but the first are errors that name operation, tag, step, layer, batch and peer.
     - What the writer had sent completely before it died or closed is still delivered.
     - The first failure is final: both ends fail from then on, at once.
     - `abort` and `close` may be called from any thread, also while an operation is waiting.

@@ -25,8 +25,25 @@ def test_equals_jax_nn(num_heads, num_kv_heads):
     np.testing.assert_allclose(jax.jit(lambda *x: attend(*x, scale=0.3))(q, k, v), expected, atol=2e-6)
 
 
-def test_can_be_differentiated():
-    f = lambda *qkv: attend(*map(jnp.asarray, qkv), scale=0.5)  # noqa: E731
+@pytest.mark.parametrize("window", [1, 3, 5, 9])
+def test_window_equals_jax_nn(window):
+    q, k, v = inputs()
+    # There, a window does not count the token itself.
+    expected = jax.nn.dot_product_attention(q, k, v, scale=0.3, local_window_size=(window - 1, 0))
+    np.testing.assert_allclose(attend(q, k, v, scale=0.3, window=window), expected, atol=2e-6)
+
+
+def test_soft_cap_bounds_the_scores():
+    q, k, v = inputs(num_heads=2)
+    capped = attend(1e6 * jnp.abs(q), -jnp.abs(k), v, scale=1.0, soft_cap=2.0)
+    # All scores are -2, so the output is the mean of what a token sees.
+    mean = jnp.cumsum(v, axis=1) / jnp.arange(1.0, 6.0)[None, :, None, None]
+    np.testing.assert_allclose(capped, mean, atol=2e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 2}, {"soft_cap": 0.7}])
+def test_can_be_differentiated(options):
+    f = lambda *qkv: attend(*map(jnp.asarray, qkv), scale=0.5, **options)  # noqa: E731
     check_grads(f, inputs(tokens=3), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
 
 
@@ -44,3 +61,16 @@ def test_bad_shapes_are_refused(change, message):
     raw_attend = inspect.unwrap(attend)
     with pytest.raises(ValueError, match=message):
         jax.make_jaxpr(lambda *x: raw_attend(*x, scale=1.0))(*change(*inputs()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 0}, "window must be at least 1, the token itself; got 0"),
+        ({"soft_cap": 0.0}, r"soft_cap must be positive and finite; got 0\.0"),
+        ({"soft_cap": float("inf")}, "soft_cap must be positive and finite; got inf"),
+    ],
+)
+def test_bad_parameters_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        attend(*inputs(), scale=1.0, **options)

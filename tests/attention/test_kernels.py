@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lamina_jax.attention.cache import PagedCache, StepTables, append
 from lamina_jax.attention.kernels import KERNELS, get_kernel
 from lamina_jax.attention.merge import merge
+from lamina_jax.attention.params import AttendParams, LayerParams
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}
 
@@ -31,6 +32,15 @@ class Case:
     tokens: int | None = None
     """Columns of the step; more than max(num_new) is padding."""
     dtype: str = "float32"
+    window: int | None = None
+    soft_cap: float | None = None
+    scale: float | None = None
+    """None is what most models have."""
+
+    @property
+    def params(self) -> AttendParams:
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        return AttendParams(scale=scale, window=self.window, soft_cap=self.soft_cap)
 
 
 CASES = {
@@ -45,6 +55,16 @@ CASES = {
     "page of one token": Case((5,), (2,), page_size=1),
     "bfloat16": Case((5, 30), (1, 1), dtype="bfloat16"),
     "float16": Case((5, 30), (3, 2), dtype="float16"),
+    "window of the token itself": Case((0, 5, 9), (1, 3, 1), window=1),
+    "window shorter than the context": Case((12, 30, 4), (1, 3, 6), window=5),
+    "window as long as the context": Case((7, 8, 9), (1, 1, 1), window=8),
+    "window longer than everything": Case((7, 0), (2, 3), window=100),
+    "window shorter than the new tokens": Case((0, 6), (9, 7), window=4, tokens=10),
+    "window of more than an int32": Case((7, 0), (2, 3), window=1 << 40),
+    "soft cap": Case((5, 12), (1, 4), soft_cap=1.5, scale=2.0),
+    "soft cap above all scores": Case((5, 12), (1, 4), soft_cap=1e6),
+    "window and soft cap": Case((30, 2), (1, 4), window=6, soft_cap=1.5, scale=2.0),
+    "bfloat16, window and soft cap": Case((30, 2), (1, 4), window=6, soft_cap=1.5, scale=2.0, dtype="bfloat16"),
 }
 
 
@@ -96,36 +116,40 @@ class World:
         )
 
 
-def attend_float64(world: World, b: int, t: int, scale: float) -> np.ndarray:
+def attend_float64(world: World, b: int, t: int, params: AttendParams) -> np.ndarray:
     """Token t of sequence b over what the sequence holds, up to the token itself."""
     case = world.case
     k = np.concatenate([world.past_k[b], np.asarray(world.k[b, : t + 1])]).astype(np.float64)
     v = np.concatenate([world.past_v[b], np.asarray(world.v[b, : t + 1])]).astype(np.float64)
+    if params.window is not None:
+        k, v = k[-params.window :], v[-params.window :]
     group = case.num_heads // case.num_kv_heads
     k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
-    scores = scale * np.einsum("hd,shd->hs", np.asarray(world.q[b, t]).astype(np.float64), k)
+    scores = params.scale * np.einsum("hd,shd->hs", np.asarray(world.q[b, t]).astype(np.float64), k)
+    if params.soft_cap is not None:
+        scores = params.soft_cap * np.tanh(scores / params.soft_cap)
     weights = np.exp(scores - scores.max(axis=1, keepdims=True))
     return np.einsum("hs,shd->hd", weights / weights.sum(axis=1, keepdims=True), v)
 
 
-def run(kernel_name: str, world: World, scale: float):
-    kernel, layer, scale_ = get_kernel(kernel_name), jnp.int32(world.case.layer), jnp.float32(scale)
+def run(kernel_name: str, world: World, params: LayerParams | None = None):
+    kernel, layer = get_kernel(kernel_name), jnp.int32(world.case.layer)
 
     @jax.jit
-    def step(cache, q, k, v, tables):
-        both = merge(kernel.attend_cached(q, cache, layer, tables, scale_), kernel.attend_new(q, k, v, scale_))
+    def step(cache, q, k, v, tables, params):
+        both = merge(kernel.attend_cached(q, cache, layer, tables, params), kernel.attend_new(q, k, v, params))
         return both.output(q.dtype), append(cache, layer, k, v, tables)
 
-    return step(world.cache, world.q, world.k, world.v, world.tables)
+    params = LayerParams.of(world.case.params) if params is None else params
+    return step(world.cache, world.q, world.k, world.v, world.tables, params)
 
 
 def check(kernel_name: str, world: World) -> None:
-    scale = world.case.head_dim**-0.5
-    out, _ = run(kernel_name, world, scale)
+    out, _ = run(kernel_name, world)
     assert out.dtype == world.q.dtype
     for b, count in enumerate(world.case.num_new):
         for t in range(count):
-            expected = attend_float64(world, b, t, scale)
+            expected = attend_float64(world, b, t, world.case.params)
             np.testing.assert_allclose(
                 np.asarray(out[b, t]).astype(np.float64), expected, atol=TOLERANCE[world.case.dtype], rtol=0
             )
@@ -142,20 +166,52 @@ def test_kernel_equals_float64(kernel_name, name):
     rows=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 5)), min_size=1, max_size=4),
     heads=st.sampled_from([(1, 1), (4, 2), (6, 3), (4, 4), (8, 1)]),
     page_size=st.integers(1, 16),
+    window=st.none() | st.integers(1, 50),
+    soft_cap=st.none() | st.floats(0.5, 50.0),
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=15, deadline=None)
-def test_kernel_equals_float64_on_random_shapes(kernel_name, rows, heads, page_size, seed):
+def test_kernel_equals_float64_on_random_shapes(kernel_name, rows, heads, page_size, window, soft_cap, seed):
     context_lens, num_new = zip(*rows, strict=True)
-    case = Case(context_lens, num_new, num_heads=heads[0], num_kv_heads=heads[1], page_size=page_size)
+    params = {"window": window, "soft_cap": soft_cap}
+    case = Case(context_lens, num_new, num_heads=heads[0], num_kv_heads=heads[1], page_size=page_size, **params)
     check(kernel_name, World.make(case, seed))
+
+
+@pytest.mark.parametrize("kernel_name", KERNELS)
+def test_a_layer_without_window_or_cap_is_the_same_beside_layers_with_them(kernel_name):
+    world = World.make(CASES["prefill of a later piece"])
+    plain = world.case.params
+    stacked = LayerParams.stack([plain, AttendParams(scale=1.0, window=3, soft_cap=2.0)])
+    assert stacked.soft_cap is not None
+    assert LayerParams.of(plain).soft_cap is None
+    out, _ = run(kernel_name, world, jax.tree.map(lambda x: x[0], stacked))
+    np.testing.assert_array_equal(out, run(kernel_name, world)[0])
+
+
+@pytest.mark.parametrize("kernel_name", KERNELS)
+@pytest.mark.parametrize("name", ["decode", "soft cap", "window and soft cap"])
+def test_parameters_that_xla_knows_round_as_those_it_does_not(kernel_name, name):
+    """Constants of the unsplit run are arguments in a worker, and a constant divisor may become a factor."""
+    world, layer = World.make(CASES[name]), jnp.int32(1)
+    # A cap whose reciprocal is not exact.
+    params = LayerParams.of(dataclasses.replace(world.case.params, scale=0.3, soft_cap=world.case.soft_cap and 1.7))
+    kernel = get_kernel(kernel_name)
+
+    @jax.jit
+    def known(q, k, v):
+        cached = kernel.attend_cached(q, world.cache, layer, world.tables, params)
+        return merge(cached, kernel.attend_new(q, k, v, params)).output(q.dtype)
+
+    expected, _ = run(kernel_name, world, params)
+    np.testing.assert_array_equal(known(world.q, world.k, world.v), expected)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_append_writes_the_new_tokens_and_nothing_else(name):
     world = World.make(CASES[name])
     case = world.case
-    _, cache = run("xla", world, 1.0)
+    _, cache = run("xla", world)
     expected_k, expected_v = np.array(world.cache.k), np.array(world.cache.v)
     for b, count in enumerate(case.num_new):
         for t in range(count):

@@ -2,7 +2,7 @@ import io
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lamina_jax.engine.batch_file import (
@@ -127,6 +127,7 @@ JSON = st.recursive(
 KEYS = st.sampled_from(["prompt", "prompt_token_ids", "custom_id", "url", "body", "n", "seed", "stop", "max_tokens"])
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(KEYS, JSON).map(lambda row: json.dumps(row).encode()) | st.binary(max_size=20))
 def test_no_line_raises(line):
     row = parse(line)

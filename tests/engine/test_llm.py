@@ -4,6 +4,8 @@ import itertools
 import shutil
 
 import pytest
+import tokenizers
+import tokenizers.processors
 
 from lamina_jax import LLM, SamplingParams
 from lamina_jax.models import CheckpointError
@@ -139,6 +141,27 @@ def test_stream_takes_requests_as_there_is_room(checkpoint):
         outputs.close()
 
 
+def test_prompts_of_unequal_length_run_in_one_step(checkpoint):
+    with LLM(checkpoint, num_attention_workers=1) as llm:
+        buckets = []
+        run = llm._worker.run_with_logits
+        llm._worker.run_with_logits = lambda plans: [buckets.extend(p.bucket for p in plans), run(plans)][1]
+        generate(llm, [{"prompt_token_ids": [7] * n} for n in (3, 40, 17, 64)])
+    assert (buckets[0].batch, buckets[0].tokens) == (4, 64)
+
+
+def test_empty_text_is_refused_though_the_tokenizer_would_add_a_token(checkpoint, tmp_path):
+    directory = tmp_path / "bos"
+    shutil.copytree(checkpoint, directory)
+    tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="A $A", special_tokens=[("A", 65)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    with LLM(directory, num_attention_workers=0) as llm:
+        assert list(generate(llm, "x")[0].prompt_token_ids) == [65, 120]
+        with pytest.raises(ValueError, match="empty"):
+            generate(llm, "")
+
+
 PROMPTS = {
     "empty text": ("", ValueError, "empty"),
     "empty ids": ({"prompt_token_ids": []}, ValueError, "empty"),
@@ -165,6 +188,8 @@ def test_bad_prompt_is_refused_before_anything_runs(llm, name):
 def test_bad_parameters_are_refused(llm):
     with pytest.raises(ValueError, match=r"max_tokens must be at least 1, got -1\."):
         SamplingParams(max_tokens=-1)
+    with pytest.raises(ValueError, match=r"n must be at most 1024, got 3000000\."):
+        SamplingParams(n=3_000_000)
     with pytest.raises(ValueError, match="2 prompts but 3 sampling_params"):
         generate(llm, ["a", "b"], [GREEDY] * 3)
 
@@ -176,7 +201,10 @@ SETTINGS = {
     "no page": ({"page_size": 0}, ValueError, "page_size must be an integer of at least 1, got 0"),
     "cache too small": ({"max_model_len": 512, "kv_cache_bytes": 1000}, ValueError, "Lower max_model_len or raise"),
     "unknown dtype": ({"dtype": "int7"}, ValueError, "int7"),
-    "unknown kernel": ({"attention_kernel": "x", "num_attention_workers": 0}, ValueError, "attention kernel 'x'"),
+    "unknown kernel": ({"attention_kernel": "x"}, ValueError, "attention kernel 'x'"),
+    "negative seed": ({"seed": -1}, ValueError, "seed must be an integer of at least 0, got -1"),
+    "no time": ({"timeout_s": 0.0}, ValueError, "timeout_s must be a positive number of seconds, got 0"),
+    "too many batches": ({"num_batches": 9}, ValueError, "needs 8 CPU devices .* JAX_NUM_CPU_DEVICES=8"),
     "unknown setting": ({"tensor_parallel_size": 2}, TypeError, "no setting tensor_parallel_size"),
 }
 

@@ -12,7 +12,7 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 def limits(**changes) -> SchedulerLimits:
-    sizes = {"max_num_seqs": 4, "max_prefill_tokens": 32, "page_size": 4, "num_pages": 64}
+    sizes = {"max_num_seqs": 4, "max_prefill_tokens": 32, "page_size": 4, "num_pages": 64, "num_batches": 1}
     return SchedulerLimits.of(**sizes | changes)
 
 
@@ -23,7 +23,7 @@ def sequence(prompt: int, new: int) -> SequenceState:
 
 
 def run_to_end(scheduler: Scheduler, *, late: int = 0, ends_early: dict[SequenceState, int] | None = None):
-    """Plans steps until none is left, finishing sequences `late` steps after their last token; yields the plans.
+    """Plans steps until none is left, finishing sequences `late` rounds after their last token; yields the steps.
 
     `ends_early` gives the number of tokens after which a sequence turns out to have ended.
     """
@@ -31,15 +31,17 @@ def run_to_end(scheduler: Scheduler, *, late: int = 0, ends_early: dict[Sequence
     got: dict[SequenceState, int] = {}
     under_way = []
     while True:
-        step = scheduler.plan()
-        if step is None and not under_way:
+        steps = scheduler.plan()
+        if not steps and not under_way:
             assert scheduler.is_idle
             return
-        if step is not None:
-            under_way.append(step)
-            yield step
-        if step is None or len(under_way) > late:
-            for _, s in under_way.pop(0).emits:
+        if steps:
+            assert len({step.plan.bucket for step in steps}) == 1
+            assert len({step.plan.batch for step in steps}) == len(steps)
+            under_way.append(steps)
+            yield from steps
+        if not steps or len(under_way) > late:
+            for _, s in [emit for step in under_way.pop(0) for emit in step.emits]:
                 got[s] = got.get(s, 0) + 1
                 if got[s] == (min(ends[s], s.max_new_tokens) if s in ends else s.max_new_tokens):
                     scheduler.finish(s)
@@ -91,6 +93,16 @@ def test_sequence_that_can_never_fit_is_refused_with_both_numbers():
         Scheduler(limits(num_pages=3)).add(sequence(prompt=10, new=4))
 
 
+@pytest.mark.parametrize(("count", "sizes"), [(1, [1]), (8, [8]), (9, [8, 1]), (20, [10, 10]), (31, [16, 15])])
+def test_batches_are_even_once_they_are_worth_it(count, sizes):
+    scheduler = Scheduler(limits(max_num_seqs=64, max_prefill_tokens=1024, num_batches=2, num_pages=256))
+    for _ in range(count):
+        scheduler.add(sequence(prompt=3, new=4))
+    steps = scheduler.plan()
+    assert [int((step.plan.num_new > 0).sum()) for step in steps] == sizes
+    assert [step.plan.batch for step in steps] == list(range(len(sizes)))
+
+
 def test_finished_while_waiting():
     scheduler = Scheduler(limits(max_num_seqs=1))
     first, second = sequence(3, 2), sequence(3, 2)
@@ -107,11 +119,13 @@ def test_finished_while_waiting():
     max_num_seqs=st.integers(1, 5),
     page_size=st.integers(1, 8),
     late=st.integers(0, 3),
+    num_batches=st.integers(1, 3),
 )
 @settings(max_examples=80, deadline=None)
-def test_every_token_is_computed_once_on_pages_of_its_own(lengths, max_num_seqs, page_size, late):
+def test_every_token_is_computed_once_on_pages_of_its_own(lengths, max_num_seqs, page_size, late, num_batches):
     """Plays the steps on a model of the cache: what each sequence attends to must be its own tokens, in order."""
-    scheduler = Scheduler(limits(max_num_seqs=max_num_seqs, page_size=page_size, num_pages=-(-70 // page_size) + 4))
+    pages = {"page_size": page_size, "num_pages": -(-70 // page_size) + 4}
+    scheduler = Scheduler(limits(max_num_seqs=max_num_seqs, num_batches=num_batches, **pages))
     sequences = [sequence(prompt, new) for prompt, new, _ in lengths]
     ends_early = {s: end for s, (_, _, end) in zip(sequences, lengths, strict=True)}
     for s in sequences:

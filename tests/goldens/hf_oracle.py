@@ -33,7 +33,7 @@ def main():
     parser.add_argument("--model", required=True)
     parser.add_argument("--output", required=True)
     args = parser.parse_args()
-    model = transformers.LlamaForCausalLM.from_pretrained(
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         args.model, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     rng = np.random.Generator(np.random.PCG64(0))

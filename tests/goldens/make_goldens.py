@@ -3,8 +3,9 @@
     python3.11 -m venv /tmp/oracle && /tmp/oracle/bin/pip install torch transformers numpy
     python tests/goldens/make_goldens.py --oracle_python=/tmp/oracle/bin/python
 
-For each config of `lamina_jax.testing.TINY_CONFIGS`, and each prompt length n: prompt_n, tokens_n (64 greedy tokens,
-EOS disregarded), first_logits_n and last_logits_n (those that the first and the last of these came from, float32).
+For each config of `lamina_jax.testing.TINY_CONFIGS`, or those that --names gives, and each prompt length n: prompt_n,
+tokens_n (64 greedy tokens, EOS disregarded), first_logits_n and last_logits_n (those that the first and the last of
+these came from, float32).
 Tests compare tokens exactly, so no step may be a near-tie; where one is, give the config another seed in TINY_SEEDS.
 """
 
@@ -19,6 +20,8 @@ from absl import app, flags, logging
 from lamina_jax.testing.tiny import TINY_CONFIGS, TINY_SEEDS, write_tiny_checkpoint
 
 _ORACLE_PYTHON = flags.DEFINE_string("oracle_python", None, "A Python that has torch and transformers.", required=True)
+
+_NAMES = flags.DEFINE_list("names", list(TINY_CONFIGS), "The configs to do, with commas between.")
 
 _HERE = Path(__file__).parent
 SMALLEST_GAP = 2e-3
@@ -41,7 +44,7 @@ def _run_oracle(name: str) -> dict[str, str | float]:
 
 def main(argv):
     del argv
-    reports = [_run_oracle(name) for name in TINY_CONFIGS]
+    reports = [_run_oracle(name) for name in _NAMES.value]
     versions = {**reports[-1], "date": datetime.date.today().isoformat()}
     (_HERE / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
 

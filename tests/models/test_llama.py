@@ -1,4 +1,4 @@
-"""The LLaMA module by itself; its numbers are checked in test_goldens.py."""
+"""The model modules by themselves; their numbers are checked in test_goldens.py."""
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,21 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from lamina_jax.models.llama import Llama, rope_angles, rotate
+from lamina_jax.models.registry import model_class
 from lamina_jax.testing import TINY_CONFIGS
+
+ONE_OF_EACH = ["bias", "mistral", "qwen2", "qwen3", "gemma2"]
+"""Of every architecture the config with the most kinds of parameters."""
 
 
 @pytest.fixture(scope="module")
 def model():
     return Llama(TINY_CONFIGS["gqa"], dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+
+def _make(name, dtype="float32"):
+    config = TINY_CONFIGS[name]
+    return model_class(config.architecture)(config, dtype=dtype, rngs=nnx.Rngs(0))
 
 
 @nnx.jit
@@ -33,12 +42,21 @@ def _eqn_names(jaxpr):
             yield from _eqn_names(inner)
 
 
-def test_attend_is_called_once_per_layer_with_the_usual_scale(model):
-    tokens = _tokens(batch=2, tokens=4)
+@pytest.mark.parametrize(
+    ("name", "scale", "windows", "soft_cap"),
+    [
+        ("gqa", 8**-0.5, [None, None], None),
+        ("mistral", 8**-0.5, [24, 24], None),
+        ("qwen2", 8**-0.5, [None, 24], None),
+        ("qwen3", 12**-0.5, [None, None], None),
+        ("gemma2", 64**-0.5, [24, None, 24, None], 4.0),
+    ],
+)
+def test_attend_is_called_once_per_layer_with_its_parameters(name, scale, windows, soft_cap):
+    model, tokens = _make(name), _tokens(batch=2, tokens=4)
     jaxpr = jax.make_jaxpr(lambda t: model.hidden_states(t, t))(tokens)
     attends = [eqn for eqn in _eqn_names(jaxpr.jaxpr) if eqn.primitive.name == "attend"]
-    assert len(attends) == model.config.num_layers
-    assert {eqn.params["scale"] for eqn in attends} == {model.config.head_dim**-0.5}
+    assert [eqn.params for eqn in attends] == [{"scale": scale, "window": w, "soft_cap": soft_cap} for w in windows]
 
 
 def test_a_token_does_not_see_those_after_it(model):
@@ -66,10 +84,11 @@ def test_rotate_turns_pairs_of_channels_half_a_head_apart():
     np.testing.assert_allclose(rotate(x, cos, sin)[0, 0, 0], expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_activations_have_the_models_dtype_and_logits_are_float32(dtype):
-    config = TINY_CONFIGS["bias"]
-    model = Llama(config, dtype=dtype, rngs=nnx.Rngs(0))
+def test_activations_have_the_models_dtype_and_logits_are_float32(name, dtype):
+    model = _make(name, dtype)
+    config = model.config
     tokens = _tokens(batch=2, tokens=3)
     hidden = jax.eval_shape(model.hidden_states, tokens, tokens)
     assert (hidden.shape, hidden.dtype) == ((2, 3, config.hidden_size), jnp.dtype(dtype))
@@ -77,8 +96,9 @@ def test_activations_have_the_models_dtype_and_logits_are_float32(dtype):
     assert (logits.shape, logits.dtype) == ((2, config.vocab_size), jnp.float32)
 
 
-def test_loss_can_be_differentiated_with_respect_to_every_parameter(model):
-    tokens = _tokens(batch=2, tokens=4)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_loss_can_be_differentiated_with_respect_to_every_parameter(name):
+    model, tokens = _make(name), _tokens(batch=2, tokens=4)
 
     def loss(model):
         return jnp.square(model.logits(model.hidden_states(tokens, jnp.broadcast_to(jnp.arange(4), (2, 4))))).mean()

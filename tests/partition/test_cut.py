@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lamina_jax.attention.attend import attend, causal_attention
-from lamina_jax.partition import cut, trace, unsplit
+from lamina_jax.partition import Ports, cut, trace, unsplit
 
 HIDDEN, HEADS, DIM = 16, 2, 8
 
@@ -30,25 +30,27 @@ def model(params, x):
 
 def run_slices(parts, leaves, inputs):
     """Runs the slices one by one with plain causal attention between them, and notes the order of events."""
-    values, attended, events = dict(enumerate(inputs)), None, []
+    values, sent, events = dict(enumerate(inputs)), [], []
+
+    def recv():
+        events.append("recv")
+        return causal_attention(*[sent.pop(0) for _ in range(3)], scale=0.3)
+
+    def send_q(q):
+        events.append("q")
+        sent.append(q)
+
+    def send_kv(k, v):
+        events.append("kv")
+        sent.extend((k, v))
+
     for step in parts.slices:
-        sent = []
-
-        def send_q(q, sent=sent):
-            events.append("q")
-            sent.append(q)
-
-        def send_kv(k, v, sent=sent):
-            events.append("kv")
-            sent.extend((k, v))
-
         program = parts.programs[step.program]
         reads = [values[i] for i in step.reads]
-        writes = program.run([leaves[i] for i in step.weights], reads, attended, send_q=send_q, send_kv=send_kv)
+        writes = program.run([leaves[i] for i in step.weights], reads, Ports(recv, send_q, send_kv))
         values.update(zip(step.writes, writes, strict=True))
         for i in step.drops:
             del values[i]
-        attended = causal_attention(*sent, scale=0.3) if sent else None
     return [values[i] for i in parts.outputs], values, events
 
 
@@ -56,12 +58,12 @@ def check(fn, params, *inputs):
     """Cuts `fn`, runs the slices, and compares with `fn` itself. Returns the partition."""
     traced = trace(fn, params, *inputs)
     parts = cut(traced)
-    leaves = [*jax.tree.leaves(params), *traced.consts]
+    leaves = traced.weights(jax.tree.leaves(params))
     outputs, left, events = run_slices(parts, leaves, jax.tree.leaves(inputs))
     for got, expected in zip(outputs, fn(params, *inputs), strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-5)
     assert set(left) == set(parts.outputs)
-    assert events == ["q", "kv"] * len(parts.sites)
+    assert events == ["q", "kv", "recv"] * len(parts.sites)
     return parts
 
 
@@ -73,11 +75,11 @@ def test_l_attends_make_l_plus_1_slices_of_3_programs(num_layers):
     assert [s.program for s in parts.slices[1:-1]] == [1] * (num_layers - 1)
 
 
-def test_context_of_a_slice_is_the_residual_stream():
-    parts = cut(trace(model, weights(3), jnp.ones((2, 3, HIDDEN))))
-    for before, after in zip(parts.slices, parts.slices[1:], strict=False):
-        assert len(after.reads) == 1
-        assert after.reads[0] in before.writes or after.reads[0] < parts.num_inputs
+def test_context_is_the_residual_stream_alone():
+    x = jnp.ones((2, 3, HIDDEN))
+    parts = check(model, weights(3), x)
+    # The first slice hands on its input, which is at hand everywhere.
+    assert [s.context_bytes for s in parts.slices] == [0, x.nbytes, x.nbytes, 0]
 
 
 def test_programs_run_under_jit():
@@ -88,7 +90,7 @@ def test_programs_run_under_jit():
     @jax.jit
     def run(w, reads):
         sent = []
-        first.run(w, reads, None, send_q=sent.append, send_kv=lambda k, v: sent.extend((k, v)))
+        first.run(w, reads, Ports(lambda: x, sent.append, lambda k, v: sent.extend((k, v))))
         return sent
 
     leaves = jax.tree.leaves(params)
@@ -105,15 +107,74 @@ def test_attend_inside_calls_is_found():
     assert len(check(wrapped, weights(2), jnp.ones((2, 3, HIDDEN))).sites) == 2
 
 
-def test_values_used_by_many_slices_are_kept_that_long():
-    def with_scale(params, x, s):
+def test_cheap_functions_of_the_inputs_are_computed_again_and_not_carried():
+    def with_angles(params, x, s):
         factor = jnp.cos(s)
         for w in params:
             x = layer(w, x) * factor
         return (x, factor)
 
-    parts = check(with_scale, weights(3), jnp.ones((2, 3, HIDDEN)), jnp.full((2, 3, HIDDEN), 0.5))
+    x = jnp.ones((2, 3, HIDDEN))
+    parts = check(with_angles, weights(3), x, jnp.full(x.shape, 0.5))
     assert len(parts.outputs) == 2
+    assert [s.context_bytes for s in parts.slices[1:-1]] == [x.nbytes] * 2
+
+
+def test_a_cast_is_repeated_rather_than_carried():
+    def half_residual(params, x):
+        for w in params:
+            wide = x.astype(jnp.float32)
+            x = (wide + layer(w, wide)).astype(jnp.bfloat16)
+        return (x,)
+
+    x = jnp.ones((2, 3, HIDDEN), jnp.bfloat16)
+    parts = cut(trace(half_residual, weights(3), x))
+    # `wide` is needed before and after each attend: naively 4 bytes a number are carried, here 2.
+    assert [s.context_bytes for s in parts.slices[1:-1]] == [x.nbytes] * 2
+
+
+def test_the_narrow_side_of_a_projection_is_carried():
+    up = jnp.ones((2, HIDDEN))
+
+    def narrow(params, x):
+        for w in params:
+            thin = jnp.tanh(layer(w, x)[:, :, :2])
+            side = thin @ up  # used only after the next attend
+            x = layer(w, jnp.broadcast_to(thin[:, :, :1], x.shape)) + side
+        return (x,)
+
+    x = jnp.ones((2, 3, HIDDEN))
+    parts = check(narrow, weights(2), x)
+    thin_bytes = x.nbytes * 2 // HIDDEN
+    assert parts.slices[1].context_bytes == thin_bytes
+    assert parts.slices[3].context_bytes == thin_bytes
+
+
+def test_a_product_of_matrices_is_never_repeated():
+    def reused(params, x):
+        wide = x @ params[0]["o"]
+        x = layer(params[0], wide)
+        return (x + wide,)
+
+    x = jnp.ones((2, 3, HIDDEN))
+    parts = check(reused, weights(1), x)
+    assert parts.slices[0].context_bytes == x.nbytes
+    dots = [e for s in parts.slices for e in _eqns(parts.programs[s.program]) if e.primitive.name == "dot_general"]
+    assert len(dots) == 1 + 4
+
+
+def test_what_can_run_before_the_answer_does():
+    def independent(params, x):
+        y = layer(params[0], x)
+        return (y + jnp.exp(x),)
+
+    parts = check(independent, weights(1), jnp.ones((2, 3, HIDDEN)))
+    last = parts.programs[parts.slices[1].program]
+    assert [e.primitive.name for e in last.before_attended] == ["exp"]
+
+
+def _eqns(program):
+    return [*program.before_attended, *program.before_q, *program.before_kv, *program.rest]
 
 
 def test_closed_over_arrays_are_weights():
@@ -146,11 +207,12 @@ def test_unsplit_runs_the_model_with_another_attention():
     params, x = weights(3), jnp.ones((2, 3, HIDDEN))
     seen = []
 
-    def attention(index, q, k, v, *, scale):
-        seen.append((index, scale))
-        return causal_attention(q, k, v, scale=scale)
+    def attention(index, q, k, v, **params):
+        seen.append((index, params["scale"]))
+        return causal_attention(q, k, v, **params)
 
-    (got,) = unsplit(trace(model, params, x), [*jax.tree.leaves(params), x], attention)
+    traced = trace(model, params, x)
+    (got,) = unsplit(traced, traced.weights(jax.tree.leaves(params)), [x], attention)
     np.testing.assert_allclose(got, model(params, x)[0], atol=1e-6)
     assert seen == [(0, 0.3), (1, 0.3), (2, 0.3)]
 
@@ -160,13 +222,51 @@ def test_no_attend_is_an_error():
         cut(trace(lambda params, x: (x @ params,), jnp.ones((2, 2)), jnp.ones((3, 2))))
 
 
-def test_attend_under_control_flow_is_an_error_that_names_the_line():
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_scan_over_layers_is_unrolled_and_its_slices_share_programs(reverse):
     def scanned(params, x):
-        return (jax.lax.scan(lambda x, w: (layer(w, x), None), x, params)[0],)
+        def body(x, w):
+            return layer(w, x), x[:, 0]
 
-    stacked = jax.tree.map(lambda *w: jnp.stack(w), *weights(2))
-    with pytest.raises(ValueError, match=r"inside 'scan' at .*test_cut\.py:\d+"):
-        trace(scanned, stacked, jnp.ones((2, 3, HIDDEN)))
+        x, firsts = jax.lax.scan(jax.checkpoint(body), x, params, reverse=reverse)
+        return (x, firsts)
+
+    x = jnp.ones((2, 3, HIDDEN))
+    stacked = jax.tree.map(lambda *w: jnp.stack(w), *weights(4))
+    parts = check(lambda params, x: scanned(params, x)[:1], stacked, x)
+    assert len(parts.sites) == 4
+    assert len(parts.programs) == 3
+    assert [s.context_bytes for s in parts.slices[1:-1]] == [x.nbytes] * 3
+    check(scanned, stacked, x)
+
+
+def branch(params, x):
+    return (jax.lax.cond(x[0, 0, 0] > 0, layer, lambda w, x: x, params[0], x),)
+
+
+def loop(params, x):
+    return (jax.lax.while_loop(lambda x: x[0, 0, 0] < 9, lambda x: layer(params[0], x), x),)
+
+
+@pytest.mark.parametrize(("fn", "construct"), [(branch, "cond"), (loop, "while")])
+def test_attend_that_may_not_run_is_an_error_that_names_the_line(fn, construct):
+    with pytest.raises(ValueError, match=rf"inside '{construct}' at .*test_cut\.py:\d+"):
+        trace(fn, weights(1), jnp.ones((2, 3, HIDDEN)))
+
+
+def shaped_by_data(params, x):
+    return model(params, x[x > 0])
+
+
+def branching_on_data(params, x):
+    return model(params, x) if x[0, 0, 0] > 0 else (x,)
+
+
+@pytest.mark.parametrize("fn", [shaped_by_data, branching_on_data])
+def test_data_dependence_is_an_error_that_names_the_line(fn):
+    line = fn.__code__.co_firstlineno + 1
+    with pytest.raises(ValueError, match=rf"test_cut\.py:{line} a shape or a branch depends on data"):
+        trace(fn, weights(1), jnp.ones((2, 3, HIDDEN)))
 
 
 def test_attends_side_by_side_are_an_error_that_names_both():

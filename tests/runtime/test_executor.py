@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lamina_jax import LLM, SamplingParams
-from lamina_jax.runtime.executor import split_heads
+from lamina_jax.runtime.split import split_heads
 from lamina_jax.testing import write_tiny_checkpoint
 
 PROMPTS = [{"prompt_token_ids": list(range(1, n + 1))} for n in (1, 7, 40, 200)]
@@ -16,17 +16,17 @@ def logits_of_every_step(directory, **settings) -> list[np.ndarray]:
     with LLM(directory, **settings) as llm:
         run = llm._worker.run_with_logits
 
-        def recorded(plan):
-            sampled, logits = run(plan)
-            steps.append((plan.emits, logits))
-            return sampled, logits
+        def recorded(plans):
+            results = run(plans)
+            steps.extend((plan.emits, logits) for plan, (_, logits) in zip(plans, results, strict=True))
+            return results
 
         llm._worker.run_with_logits = recorded
         llm.generate(PROMPTS, PARAMS, use_tqdm=False)
         return [np.asarray(logits)[emits] for emits, logits in steps]
 
 
-@pytest.mark.parametrize("name", ["mha", "gqa", "mqa", "odd", "bias"])
+@pytest.mark.parametrize("name", ["mha", "gqa", "mqa", "odd", "bias", "mistral", "qwen2", "qwen3", "gemma2"])
 def test_split_equals_unsplit_bit_for_bit_in_float32(tmp_path, name):
     write_tiny_checkpoint(tmp_path, name)
     whole = logits_of_every_step(tmp_path, num_attention_workers=0)

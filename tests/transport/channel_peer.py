@@ -29,6 +29,7 @@ class Mail:
     tag: Tag = Tag.Q
     step: int = 0
     layer: int = 0
+    batch: int = 0
     seed: int = 0
 
     @property
@@ -42,28 +43,28 @@ class Mail:
         return [rng.integers(-100, 100, spec.shape).astype(spec.dtype) for spec in self.specs]
 
 
-def send_all(channel: Channel, mails: Sequence[Mail]) -> None:
+def send_all(channels: Sequence[Channel], mails: Sequence[Mail]) -> None:
     """Sends in one program."""
 
     def program(stamp, contents):
         for before, mail, tensors in zip([None, *mails], mails, contents, strict=False):
-            stamp = send(channel, _advance(stamp, before, mail), tensors, tag=mail.tag)
+            stamp = send(channels, _advance(stamp, before, mail), tensors, tag=mail.tag)
         return stamp
 
     jax.jit(program)(_first(mails), [[jnp.asarray(x) for x in mail.contents()] for mail in mails]).block_until_ready()
 
 
-def recv_all(channel: Channel, mails: Sequence[Mail]) -> list[list[np.ndarray]]:
+def recv_all(channels: Sequence[Channel], mails: Sequence[Mail]) -> list[list[np.ndarray]]:
     """Receives in one program."""
 
     def program(stamp):
         received = []
         for before, mail in zip([None, *mails], mails, strict=False):
-            tensors, stamp = recv(channel, _advance(stamp, before, mail), mail.specs, tag=mail.tag)
+            tensors, stamp = recv(channels, _advance(stamp, before, mail), mail.specs, tag=mail.tag)
             received.append(tensors)
-        return received
+        return received, stamp
 
-    return jax.tree.map(np.asarray, jax.jit(program)(_first(mails)))
+    return jax.tree.map(np.asarray, jax.jit(program)(_first(mails)))[0]
 
 
 def echo(inbox: Channel, outbox: Channel, mail: Mail, count: int) -> None:
@@ -71,8 +72,8 @@ def echo(inbox: Channel, outbox: Channel, mail: Mail, count: int) -> None:
 
     def body(stamp, layer):
         stamp = stamp.at[1].set(layer)
-        tensors, stamp = recv(inbox, stamp, mail.specs, tag=mail.tag)
-        return send(outbox, stamp, tensors, tag=mail.tag), None
+        tensors, stamp = recv([inbox], stamp, mail.specs, tag=mail.tag)
+        return send([outbox], stamp, tensors, tag=mail.tag), None
 
     layers = jnp.arange(count, dtype=jnp.int32)
     jax.jit(lambda: jax.lax.scan(body, make_stamp(0), layers)[0])().block_until_ready()
@@ -83,23 +84,24 @@ def ping(outbox: Channel, inbox: Channel, mail: Mail, count: int) -> list[np.nda
     contents = [jnp.asarray(x) for x in mail.contents()]
 
     def body(stamp, layer):
-        stamp = send(outbox, stamp.at[1].set(layer), [x + layer.astype(x.dtype) for x in contents], tag=mail.tag)
-        tensors, stamp = recv(inbox, stamp, mail.specs, tag=mail.tag)
+        stamp = send([outbox], stamp.at[1].set(layer), [x + layer.astype(x.dtype) for x in contents], tag=mail.tag)
+        tensors, stamp = recv([inbox], stamp, mail.specs, tag=mail.tag)
         return stamp, tensors
 
     layers = jnp.arange(count, dtype=jnp.int32)
-    return [np.asarray(x) for x in jax.jit(lambda: jax.lax.scan(body, make_stamp(0), layers)[1])()]
+    return [np.asarray(x) for x in jax.jit(lambda: jax.lax.scan(body, make_stamp(0), layers))()[1]]
 
 
 def _first(mails: Sequence[Mail]) -> jax.Array:
-    return make_stamp(mails[0].step, mails[0].layer)
+    return make_stamp(mails[0].step, mails[0].layer, mails[0].batch)
 
 
 def _advance(stamp: jax.Array, before: Mail | None, mail: Mail) -> jax.Array:
     """Adds what the stamp lacks: setting it outright would cut the dependence that keeps the order."""
     if before is None:
         return stamp
-    return stamp + jnp.asarray([mail.step - before.step, mail.layer - before.layer], jnp.int32)
+    ahead = [mail.step - before.step, mail.layer - before.layer, mail.batch - before.batch]
+    return stamp + jnp.asarray(ahead, jnp.int32)
 
 
 class Peer:
@@ -179,14 +181,20 @@ class _Orders:
     def send(self, number: int, programs: Sequence[Sequence[Mail]], stalls_ms: Sequence[int]) -> None:
         for mails, stall_ms in zip(programs, stalls_ms, strict=True):
             time.sleep(stall_ms / 1e3)
-            send_all(self._channels[number], mails)
+            send_all([self._channels[number]], mails)
 
     def recv(self, number: int, programs: Sequence[Sequence[Mail]], stalls_ms: Sequence[int]) -> list:
         received = []
         for mails, stall_ms in zip(programs, stalls_ms, strict=True):
             time.sleep(stall_ms / 1e3)
-            received.extend(recv_all(self._channels[number], mails))
+            received.extend(recv_all([self._channels[number]], mails))
         return received
+
+    def recv_batches(self, numbers: Sequence[int], mails: Sequence[Mail]) -> list:
+        return recv_all([self._channels[number] for number in numbers], mails)
+
+    def send_batches(self, numbers: Sequence[int], mails: Sequence[Mail]) -> None:
+        send_all([self._channels[number] for number in numbers], mails)
 
     def echo(self, inbox: int, outbox: int, mail: Mail, count: int) -> None:
         echo(self._channels[inbox], self._channels[outbox], mail, count)
@@ -195,15 +203,15 @@ class _Orders:
         return ping(self._channels[outbox], self._channels[inbox], mail, count)
 
     def recv_and_die(self, number: int, mail: Mail) -> None:
-        recv_all(self._channels[number], [mail])
+        recv_all([self._channels[number]], [mail])
         os.kill(os.getpid(), signal.SIGKILL)
 
     def send_and_die(self, number: int, mails: Sequence[Mail]) -> None:
-        send_all(self._channels[number], mails)
+        send_all([self._channels[number]], mails)
         os.kill(os.getpid(), signal.SIGKILL)
 
     def recv_and_abort(self, number: int, mail: Mail, aborted: int) -> None:
-        recv_all(self._channels[number], [mail])
+        recv_all([self._channels[number]], [mail])
         self._channels[aborted].abort()
 
     def failure(self, number: int) -> str | None:

@@ -46,10 +46,10 @@ NO_TENSORS = Mail(shapes=(), dtypes=(), step=7)
 def test_message_arrives_unchanged(connect, peer, mail):
     there, back = connect(peer, "writer"), connect(peer, "reader")
     peer.start("recv", there.theirs, [[mail]], [0])
-    send_all(there.mine, [mail])
+    send_all([there.mine], [mail])
     assert_same(peer.result(), [mail])
     peer.start("send", back.theirs, [[mail]], [0])
-    assert_same(recv_all(back.mine, [mail]), [mail])
+    assert_same(recv_all([back.mine], [mail]), [mail])
     peer.result()
 
 
@@ -91,14 +91,14 @@ def test_any_traffic_arrives_in_order(kind, peer, traffic, we_send):
             peer.start("recv", theirs, received, recv_stalls)
             for program, stall_ms in zip(sent, send_stalls, strict=True):
                 time.sleep(stall_ms / 1e3)
-                send_all(mine, program)
+                send_all([mine], program)
             assert_same(peer.result(), mails)
         else:
             peer.start("send", theirs, sent, send_stalls)
             got = []
             for program, stall_ms in zip(received, recv_stalls, strict=True):
                 time.sleep(stall_ms / 1e3)
-                got.extend(recv_all(mine, program))
+                got.extend(recv_all([mine], program))
             peer.result()
             assert_same(got, mails)
         peer.do("close", theirs)
@@ -109,7 +109,7 @@ def test_order_without_data_dependence(connect, peer):
     mails = [Mail(layer=layer, seed=layer, tag=Tag(1 + layer % 3)) for layer in range(40)]
     there = connect(peer, "writer", num_slots=3)
     peer.start("recv", there.theirs, [mails[:13], mails[13:]], [0, 0])
-    send_all(there.mine, mails)
+    send_all([there.mine], mails)
     assert_same(peer.result(), mails)
 
 
@@ -131,19 +131,19 @@ def test_stamp_orders_across_programs(connect, peer):
 
     @jax.jit
     def ask(stamp):
-        return send(there.mine, stamp, [x], tag=Tag.Q)
+        return send([there.mine], stamp, [x], tag=Tag.Q)
 
     @jax.jit
     def answer(stamp):
-        return recv(back.mine, stamp, mail.specs, tag=Tag.Q)
+        return recv([back.mine], stamp, mail.specs, tag=Tag.Q)
 
-    next_layer = jnp.asarray([0, 1], jnp.int32)
+    next_layer = jnp.asarray([0, 1, 0], jnp.int32)
     (first,), stamp = answer(ask(make_stamp(0)))
     (second,), stamp = answer(ask(stamp + next_layer))
     peer.result()
     np.testing.assert_array_equal(first, x)
     np.testing.assert_array_equal(second, x)
-    assert stamp.tolist() == [0, 1]
+    assert stamp.tolist() == [0, 1, 0]
 
 
 def test_four_processes_share_two_cores(kind, connect, peer):
@@ -163,6 +163,59 @@ def test_four_processes_share_two_cores(kind, connect, peer):
     np.testing.assert_array_equal(got, other)
 
 
+def test_each_batch_takes_its_own_channel(connect, peer):
+    """One program, run for each batch; the channels of the others hold what must not be taken."""
+    there, back = ([connect(peer, role) for _ in range(3)] for role in ("writer", "reader"))
+    mail = Mail(shapes=((5,),), dtypes=("int32",))
+
+    @jax.jit
+    def ask_and_take(stamp, x):
+        stamp = send([ends.mine for ends in there], stamp, [x], tag=Tag.Q)
+        return recv([ends.mine for ends in back], stamp, mail.specs, tag=Tag.Q)
+
+    for batch in range(3):
+        answer = Mail(shapes=mail.shapes, dtypes=mail.dtypes, batch=batch, seed=10 + batch)
+        peer.do("send_batches", [ends.theirs for ends in back], [answer])
+    for batch in (2, 0, 1):
+        asked = Mail(shapes=mail.shapes, dtypes=mail.dtypes, batch=batch, seed=batch)
+        (got,), stamp = ask_and_take(make_stamp(0, 0, batch), jnp.asarray(asked.contents()[0]))
+        np.testing.assert_array_equal(got, np.random.default_rng(10 + batch).integers(-100, 100, 5))
+        assert stamp.tolist() == [0, 0, batch]
+        assert_same(peer.do("recv_batches", [ends.theirs for ends in there], [asked]), [asked])
+
+
+@pytest.mark.parametrize("batch", [-1, 1])
+def test_batch_without_a_channel_is_an_error(connect, peer, batch):
+    there, back = connect(peer, "writer"), connect(peer, "reader")
+    words = rf"of 'q' \(step 0, layer 0, batch {batch}\) failed: the program has 1 channel\(s\), one per batch from 0"
+    with pytest.raises(FAILS, match=f"OUT_OF_RANGE: send {words}"):
+        send_all([there.mine], [Mail(batch=batch)])
+    with pytest.raises(FAILS, match=f"OUT_OF_RANGE: recv {words}"):
+        recv_all([back.mine], [Mail(batch=batch)])
+    assert back.mine.failure is None
+
+
+def test_message_of_another_batch_is_an_error(connect, peer):
+    first, second = connect(peer, "reader"), connect(peer, "reader")
+    peer.do("send", second.theirs, [[Mail()]], [0])
+    with pytest.raises(FAILS, match="expected batch 1, got 0"):
+        recv_all([first.mine, second.mine], [Mail(batch=1)])
+
+
+def test_channels_of_the_batches_go_together(connect, peer, kind):
+    there, back = connect(peer, "writer"), connect(peer, "reader")
+    stamp = make_stamp(0)
+    with pytest.raises(ValueError, match="expected a channel for every batch, got none"):
+        send([], stamp, [], tag=Tag.Q)
+    with pytest.raises(ValueError, match="expected the writer's end of the channel, got the reader's"):
+        send([there.mine, back.mine], stamp, [], tag=Tag.Q)
+    with (
+        channel_class(kind).create(role="writer", peer="a stranger", messages=[]) as stray,
+        pytest.raises(ValueError, match=r"to have one peer, got a stranger \(.*\), the peer \("),
+    ):
+        send([there.mine, stray], stamp, [], tag=Tag.Q)
+
+
 @pytest.fixture
 def background():
     with ThreadPoolExecutor(1) as pool:
@@ -173,8 +226,8 @@ def send_then_recv(there, back):
     """Blocks in the recv of layer 3, step 12, after the peer has got one message."""
 
     def program(stamp):
-        stamp = send(there.mine, stamp, [jnp.zeros(4)], tag=Tag.Q)
-        return recv(back.mine, stamp, Mail().specs, tag=Tag.ATTENDED)
+        stamp = send([there.mine], stamp, [jnp.zeros(4)], tag=Tag.Q)
+        return recv([back.mine], stamp, Mail().specs, tag=Tag.ATTENDED)
 
     jax.block_until_ready(jax.jit(program)(make_stamp(12, 3)))
 
@@ -191,7 +244,8 @@ def test_peer_killed_while_we_recv(connect, mortal_peer, background):
     error = waiting.exception(LIMIT_S)
     assert time.monotonic() - died < 2
     expected = (
-        f"recv of 'attended' (step 12, layer 3) from the peer (pid {mortal_peer.pid}) failed: the peer process has died"
+        "recv of 'attended' (step 12, layer 3, batch 0) "
+        f"from the peer (pid {mortal_peer.pid}) failed: the peer process has died"
     )
     assert isinstance(error, FAILS)
     assert str(error) == f"UNAVAILABLE: {expected}"
@@ -205,12 +259,15 @@ def test_peer_killed_while_we_send_into_a_full_ring(connect, mortal_peer, backgr
     there = connect(mortal_peer, "writer", num_slots=2)
     mails = [Mail(layer=layer) for layer in range(4)]
     mortal_peer.start("recv_and_die", there.theirs, mails[0])
-    waiting = background.submit(send_all, there.mine, mails)
+    waiting = background.submit(send_all, [there.mine], mails)
     mortal_peer.join()
     died = time.monotonic()
     error = waiting.exception(LIMIT_S)
     assert time.monotonic() - died < 2
-    assert f"send of 'q' (step 0, layer 3) to the peer (pid {mortal_peer.pid}) failed: the peer process" in str(error)
+    assert (
+        f"send of 'q' (step 0, layer 3, batch 0) to the peer (pid {mortal_peer.pid}) failed: the peer process"
+        in str(error)
+    )
 
 
 def test_messages_of_a_dead_peer_are_delivered(connect, mortal_peer):
@@ -218,9 +275,9 @@ def test_messages_of_a_dead_peer_are_delivered(connect, mortal_peer):
     mails = [Mail(layer=layer, seed=layer) for layer in range(3)]
     mortal_peer.start("send_and_die", back.theirs, mails)
     mortal_peer.join()
-    assert_same(recv_all(back.mine, mails), mails)
-    with pytest.raises(FAILS, match=r"layer 3\).*the peer process has died"):
-        recv_all(back.mine, [Mail(layer=3)])
+    assert_same(recv_all([back.mine], mails), mails)
+    with pytest.raises(FAILS, match=r"layer 3, batch 0\).*the peer process has died"):
+        recv_all([back.mine], [Mail(layer=3)])
 
 
 def test_messages_of_a_closed_peer_are_delivered(connect, peer):
@@ -228,39 +285,41 @@ def test_messages_of_a_closed_peer_are_delivered(connect, peer):
     mails = [Mail(layer=layer, seed=layer) for layer in range(3)]
     peer.do("send", back.theirs, [mails], [0])
     peer.do("close", back.theirs)
-    assert_same(recv_all(back.mine, mails), mails)
+    assert_same(recv_all([back.mine], mails), mails)
     with pytest.raises(FAILS, match=r"UNAVAILABLE.*the peer has closed the channel"):
-        recv_all(back.mine, [Mail(layer=3)])
+        recv_all([back.mine], [Mail(layer=3)])
 
 
 def test_stopped_peer_is_a_deadline_error(connect, mortal_peer):
     back = connect(mortal_peer, "reader", timeout_s=0.25)
     mortal_peer.signal(signal.SIGSTOP)
     with pytest.raises(FAILS, match=r"DEADLINE_EXCEEDED: recv of 'q'.*no message came in 0\.25 s, though the peer"):
-        recv_all(back.mine, [Mail()])
+        recv_all([back.mine], [Mail()])
 
 
 def test_full_ring_is_a_deadline_error(connect, peer):
     there = connect(peer, "writer", num_slots=2, timeout_s=0.25)
-    with pytest.raises(FAILS, match=r"send of 'q' \(step 0, layer 2\).*no slot of the ring came free in 0\.25 s"):
-        send_all(there.mine, [Mail(layer=layer) for layer in range(3)])
+    with pytest.raises(
+        FAILS, match=r"send of 'q' \(step 0, layer 2, batch 0\).*no slot of the ring came free in 0\.25 s"
+    ):
+        send_all([there.mine], [Mail(layer=layer) for layer in range(3)])
 
 
 def test_peer_that_never_attaches_is_a_deadline_error(kind):
     with channel_class(kind).create(role="reader", peer="nobody", messages=[], timeout_s=0.1) as channel:
         assert channel.peer_pid is None
         with pytest.raises(FAILS, match=r"from nobody \(not attached yet\) failed: no message came"):
-            recv_all(channel, [Mail()])
+            recv_all([channel], [Mail()])
 
 
 def test_first_failure_is_final(connect, peer):
     back = connect(peer, "reader", timeout_s=0.25)
     with pytest.raises(FAILS, match="layer 5") as first:
-        recv_all(back.mine, [Mail(layer=5)])
+        recv_all([back.mine], [Mail(layer=5)])
     start = time.monotonic()
     for layer in range(20):
         with pytest.raises(FAILS, match=re.escape(str(first.value))):
-            recv_all(back.mine, [Mail(layer=layer)])
+            recv_all([back.mine], [Mail(layer=layer)])
     assert back.mine.failure in str(first.value)
     assert time.monotonic() - start < 20 * 0.25
     with pytest.raises(AssertionError, match=r"ABORTED: send of 'q'.*the peer has aborted the channel"):
@@ -275,7 +334,7 @@ def test_we_end_our_own_wait(connect, peer, background, end, words):
     peer.result()
     getattr(back.mine, end)()
     error = waiting.exception(LIMIT_S)
-    assert "ABORTED: recv of 'attended' (step 12, layer 3)" in str(error)
+    assert "ABORTED: recv of 'attended' (step 12, layer 3, batch 0)" in str(error)
     assert f"this side has {words} the channel" in str(error)
 
 
@@ -289,7 +348,7 @@ def test_peer_ends_our_wait(connect, peer, background):
 def test_we_end_the_wait_of_the_peer(connect, peer):
     there = connect(peer, "writer")
     peer.start("recv", there.theirs, [[Mail()], [Mail(layer=1)]], [0, 0])
-    send_all(there.mine, [Mail()])
+    send_all([there.mine], [Mail()])
     there.mine.abort()
     with pytest.raises(AssertionError, match=r"ABORTED: recv of 'q' .*from the test \(pid \d+\) failed: the peer has"):
         peer.result()
@@ -301,7 +360,7 @@ SENT = Mail(shapes=((4,), (8,)), dtypes=("float32", "float16"), step=5, layer=6,
 @pytest.mark.parametrize(
     ("awaited", "words"),
     [
-        ({"tag": Tag.Q}, r"expected 'q', got 'kv' \(step 5, layer 6\)"),
+        ({"tag": Tag.Q}, r"expected 'q', got 'kv' \(step 5, layer 6, batch 0\)"),
         ({"step": 4}, "expected step 4, got 5"),
         ({"layer": 7}, "expected layer 7, got 6"),
         ({"shapes": ((4,),), "dtypes": ("float32",)}, "expected tensor count 1, got 2"),
@@ -315,7 +374,7 @@ def test_unexpected_message_is_an_error(connect, peer, awaited, words):
     peer.do("send", back.theirs, [[SENT]], [0])
     wrong = Mail(**({name: getattr(SENT, name) for name in SENT.__dataclass_fields__} | awaited))
     with pytest.raises(FAILS, match=f"FAILED_PRECONDITION.*it is not the message|{words}") as error:
-        recv_all(back.mine, [wrong])
+        recv_all([back.mine], [wrong])
     assert re.search(words, str(error.value))
 
 
@@ -326,9 +385,9 @@ def test_message_larger_than_a_slot_is_refused(kind, connect, peer):
         channel_class(kind).create(role="writer", peer="the peer", messages=[large], slot_bytes=4096)
     there, back = connect(peer, "writer"), connect(peer, "reader")
     with pytest.raises(ValueError, match=words):
-        send(there.mine, make_stamp(0), [jnp.zeros(1024), jnp.zeros(1, jnp.int32)], tag=Tag.KV)
+        send([there.mine], make_stamp(0), [jnp.zeros(1024), jnp.zeros(1, jnp.int32)], tag=Tag.KV)
     with pytest.raises(ValueError, match=words):
-        recv(back.mine, make_stamp(0), large.tensors, tag=Tag.KV)
+        recv([back.mine], make_stamp(0), large.tensors, tag=Tag.KV)
 
 
 def test_slot_takes_the_largest_message(kind):
@@ -341,21 +400,21 @@ def test_wrong_use_is_refused_when_traced(connect, peer):
     there, back = connect(peer, "writer"), connect(peer, "reader")
     stamp = make_stamp(0)
     with pytest.raises(ValueError, match="expected the writer's end of the channel, got the reader's"):
-        send(back.mine, stamp, [], tag=Tag.Q)
+        send([back.mine], stamp, [], tag=Tag.Q)
     with pytest.raises(ValueError, match="expected the reader's end of the channel, got the writer's"):
-        recv(there.mine, stamp, [], tag=Tag.Q)
+        recv([there.mine], stamp, [], tag=Tag.Q)
     with pytest.raises(ValueError, match="tensor 1 of 'q' has dtype int8; a message carries bfloat16, float16"):
-        send(there.mine, stamp, [jnp.zeros(1), jnp.zeros(1, jnp.int8)], tag=Tag.Q)
+        send([there.mine], stamp, [jnp.zeros(1), jnp.zeros(1, jnp.int8)], tag=Tag.Q)
 
 
 def test_closed_channel(connect, peer):
     back = connect(peer, "reader")
-    program = jax.jit(lambda stamp: recv(back.mine, stamp, Mail().specs, tag=Tag.Q)).lower(make_stamp(0)).compile()
+    program = jax.jit(lambda stamp: recv([back.mine], stamp, Mail().specs, tag=Tag.Q)).lower(make_stamp(0)).compile()
     back.mine.close()
     back.mine.close()
     assert back.mine.closed
     with pytest.raises(ValueError, match="the channel to the peer is closed"):
-        recv(back.mine, make_stamp(0), [], tag=Tag.Q)
+        recv([back.mine], make_stamp(0), [], tag=Tag.Q)
     with pytest.raises(FAILS, match=r"ABORTED: recv of 'q' .*: this side has closed the channel"):
         jax.block_until_ready(program(make_stamp(0)))
 

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from lamina_jax.attention.cache import PagedCache, StepTables
 from lamina_jax.attention.merge import Partial
+from lamina_jax.attention.params import LayerParams
 
 
 class AttentionKernel(abc.ABC):
@@ -13,6 +14,7 @@ class AttentionKernel(abc.ABC):
 
     Two calls instead of one, because q arrives first: the worker is over the cached pages while k and v are still
     being computed elsewhere. `lamina_jax.attention.merge` puts the two together. Scores and sums are float32.
+    `params` are those of the layer, scalars.
     """
 
     @abc.abstractmethod
@@ -22,9 +24,12 @@ class AttentionKernel(abc.ABC):
         cache: PagedCache,
         layer: Int[Array, ""],
         tables: StepTables,
-        scale: Float[Array, ""],
+        params: LayerParams,
     ) -> Partial:
-        """Every new token over all `tables.context_lens` cached tokens of its sequence."""
+        """Every new token over the `tables.context_lens` cached tokens of its sequence that are in its window.
+
+        Column t of a sequence stands at position ``tables.context_lens + t``; none need be in its window.
+        """
 
     @abc.abstractmethod
     def attend_new(
@@ -32,6 +37,6 @@ class AttentionKernel(abc.ABC):
         q: Float[Array, "batch tokens num_heads head_dim"],
         k: Float[Array, "batch tokens num_kv_heads head_dim"],
         v: Float[Array, "batch tokens num_kv_heads head_dim"],
-        scale: Float[Array, ""],
+        params: LayerParams,
     ) -> Partial:
-        """Every new token over the new tokens of its sequence up to itself (causal)."""
+        """Every new token over the new tokens of its sequence up to itself (causal) that are in its window."""
