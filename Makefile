@@ -13,7 +13,7 @@ run: $(TINY)/config.json
 		--prompt="The " --prompt="If the file " --prompt="A class "
 
 test: $(INSTALLED) lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -22,6 +22,7 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/channel_latency.py
+	$(BIN)/python benchmarks/pipeline.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -76,8 +76,7 @@ def _measure(directory: str, batch: int, context: int) -> list[dict]:
     from lamina_jax import LLM, SamplingParams
 
     prompts = [
-        {"prompt_token_ids": row}
-        for row in np.random.default_rng(0).integers(0, 8192, (batch, context)).tolist()
+        {"prompt_token_ids": row} for row in np.random.default_rng(0).integers(0, 8192, (batch, context)).tolist()
     ]
     params = [SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=n) for n in (1, 1 + _TOKENS.value)]
     options = {"max_model_len": context + 64, "max_num_seqs": batch}

@@ -337,14 +337,14 @@ bool ShmChannel::PeerDied() {
   return peer_gone_ = poll(&poller, 1, 0) > 0;
 }
 
-void ShmChannel::Abort() {
-  ring_->stop.fetch_or(AbortedBit(options_.role), std::memory_order_seq_cst);
-  Wake(Role::kWriter);
-  Wake(Role::kReader);
-}
+void ShmChannel::Abort() { Stop(AbortedBit(options_.role)); }
 
-void ShmChannel::Close() {
-  ring_->stop.fetch_or(ClosedBit(options_.role), std::memory_order_seq_cst);
+void ShmChannel::Close() { Stop(ClosedBit(options_.role)); }
+
+// A forked child shares the ring; its exit must not end the channel of its parent.
+void ShmChannel::Stop(std::uint32_t reason) {
+  if (getpid() != owner_) return;
+  ring_->stop.fetch_or(reason, std::memory_order_seq_cst);
   Wake(Role::kWriter);
   Wake(Role::kReader);
 }

@@ -1,6 +1,8 @@
 // One end of a one-way bounded ring of messages between two processes of a host.
 #pragma once
 
+#include <unistd.h>
+
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -84,6 +86,7 @@ class ShmChannel {
   Role role() const { return options_.role; }
 
  private:
+  void Stop(std::uint32_t reason);
   ShmChannel(EndOptions options, std::unique_ptr<Mapping> mapping, std::uint32_t num_slots, std::uint64_t slot_bytes);
 
   Role PeerRole() const { return options_.role == Role::kWriter ? Role::kReader : Role::kWriter; }
@@ -113,6 +116,7 @@ class ShmChannel {
   std::uint64_t next_ = 0;       // sequence of the message that this end handles next
   std::uint64_t read_seen_ = 0;  // the writer's copy of read_seq: it touches the reader's cache line only if it must
   int peer_pidfd_ = -1;
+  const pid_t owner_ = getpid();
   bool peer_gone_ = false;
   std::atomic<bool> busy_{false};
   std::atomic<bool> failed_{false};

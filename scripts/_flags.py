@@ -18,7 +18,20 @@ flags.disclaim_key_flags()
 
 FLAGS = flags.FLAGS
 _SAMPLING_FLAGS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "stop")
-_ENGINE_FLAGS = ("num_attention_workers", "dtype", "max_model_len", "page_size", "max_num_seqs", "seed")
+_ENGINE_FLAGS = (
+    "num_attention_workers",
+    "dtype",
+    "max_model_len",
+    "page_size",
+    "max_num_seqs",
+    "max_prefill_tokens",
+    "num_batches",
+    "overlap",
+    "kv_cache_bytes",
+    "timeout_s",
+    "seed",
+    "trace_dir",
+)
 
 
 class UserError(Exception):
@@ -43,7 +56,22 @@ def define_engine_flags() -> None:
     )
     flags.DEFINE_integer("page_size", 16, "Tokens in a page of the KV cache.", lower_bound=1)
     flags.DEFINE_integer("max_num_seqs", 64, "Most sequences decoded at a time.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Fixes the random choices of the whole run.")
+    flags.DEFINE_integer("max_prefill_tokens", 512, "Most prompt tokens in a step of a batch.", lower_bound=1)
+    flags.DEFINE_integer(
+        "num_batches", 2, "Batches in flight: one's slices run while another's attention does; 1 is off.", lower_bound=1
+    )
+    flags.DEFINE_bool("overlap", True, "Start attention over the cache while k and v are still being computed.")
+    flags.DEFINE_integer(
+        "kv_cache_bytes",
+        None,
+        "Memory for the KV cache; if not given, a quarter of what is free at most.",
+        lower_bound=1,
+    )
+    flags.DEFINE_float("timeout_s", 60.0, "Longest wait of one device for another, in seconds.")
+    flags.DEFINE_integer("seed", 0, "Fixes the random choices of the whole run.", lower_bound=0)
+    flags.DEFINE_string(
+        "trace_dir", None, "Write a timeline there, trace.json, for Perfetto or scripts/plot_timeline.py."
+    )
 
 
 def define_sampling_flags() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from lamina_jax.engine.config import EngineConfig, size_cache
 from lamina_jax.engine.outputs import RequestOutput
@@ -108,7 +109,7 @@ class LLM:
             undo.pop_all()
         self._worker = ModelWorker(executor, num_slots=config.max_num_seqs, num_batches=config.num_batches)
         # Ends the workers also when nobody calls close().
-        self._close_executor = weakref.finalize(self, _close, executor, config.trace_dir)
+        self._close_executor = weakref.finalize(self, _close, executor, config.trace_dir, os.getpid())
 
     def __enter__(self) -> "LLM":
         return self
@@ -371,7 +372,9 @@ def _engine_config(settings: Mapping[str, Any]) -> EngineConfig:
     return EngineConfig(**settings)
 
 
-def _close(executor: Executor, trace_dir: str | None) -> None:
+def _close(executor: Executor, trace_dir: str | None, owner: int) -> None:
+    if os.getpid() != owner:
+        return  # a forked child, which exits
     executor.close()
     if trace_dir is not None:
         timeline.finish(Path(trace_dir))
@@ -381,7 +384,7 @@ def _make_executor(
     config: EngineConfig,
     model: Model,
     pool: AttentionWorkerPool | None,
-    devices: Sequence[jax.Device],
+    devices: Sequence[SingleDeviceSharding],
     limits: SchedulerLimits,
 ) -> Executor:
     cache = CacheConfig(page_size=limits.page_size, num_pages=limits.num_pages, kernel=config.attention_kernel)
@@ -400,7 +403,7 @@ def _make_executor(
     )
 
 
-def _model_devices(count: int) -> list[jax.Device]:
+def _model_devices(count: int) -> list[SingleDeviceSharding]:
     """Devices for so many replicas of the model.
 
     Raises:
@@ -421,7 +424,7 @@ def _model_devices(count: int) -> list[jax.Device]:
             f"num_batches={count + 1} needs {count} CPU devices for as many replicas of the model, but JAX has "
             f"{len(devices)} already; set the environment variable JAX_NUM_CPU_DEVICES={count}."
         )
-    return devices[:count]
+    return [SingleDeviceSharding(device) for device in devices[:count]]
 
 
 def _checked_ids(token_ids: Any) -> list[int]:

@@ -27,11 +27,11 @@ class Request:
         tokenizer: Tokenizer | None,
     ) -> None:
         """Args:
-            index: the caller's number for the request.
-            seed: fixes the random choices, together with a completion's index.
-            max_new_tokens: most tokens of each completion.
-            eos_token_ids: tokens that end a completion with no stop_reason.
-            tokenizer: None leaves all text empty.
+        index: the caller's number for the request.
+        seed: fixes the random choices, together with a completion's index.
+        max_new_tokens: most tokens of each completion.
+        eos_token_ids: tokens that end a completion with no stop_reason.
+        tokenizer: None leaves all text empty.
         """
         self.index = index
         self._request_id = request_id

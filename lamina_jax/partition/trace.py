@@ -143,9 +143,7 @@ def evaluate_eqn(eqn: JaxprEqn, env: dict[Var, Any]) -> None:
     env.update(zip(eqn.outvars, outs if eqn.primitive.multiple_results else [outs], strict=True))
 
 
-def unsplit(
-    traced: Traced, weights: Sequence[Any], inputs: Sequence[Any], attend: AttendHandler
-) -> list[jax.Array]:
+def unsplit(traced: Traced, weights: Sequence[Any], inputs: Sequence[Any], attend: AttendHandler) -> list[jax.Array]:
     """Runs the whole function in one program with `attend` standing in for the primitive.
 
     This is the model as it was before any cut: the oracle of the split run. Nothing may fuse across the attends

@@ -34,7 +34,6 @@ class AttentionWorkerPool:
     """Starts `num_workers` attention workers; `close` ends them, and so does the end of this process."""
 
     def __init__(self, num_workers: int) -> None:
-        self._pid = os.getpid()
         self._control = ControlServer()
         self._peers: dict[int, bytes] = {}
         self._pending: dict[int, int] = dict.fromkeys(range(num_workers), 0)
@@ -92,9 +91,7 @@ class AttentionWorkerPool:
         return WorkerError(str(error))
 
     def close(self) -> None:
-        """Ends all workers: asked first, then killed. May be called twice; a forked child leaves them alone."""
-        if os.getpid() != self._pid:
-            return
+        """Ends all workers: asked first, then killed. May be called twice."""
         try:
             self._end_politely()
         finally:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from lamina_jax import partition
 from lamina_jax.runtime.executor import CacheConfig, Executor
@@ -73,8 +74,8 @@ class _SlicedModel:
         weights: Sequence[Sequence[jax.Array]],
     ) -> None:
         """Args:
-            compile_slice: compiles a plan for a replica.
-            weights: for each replica the values of `Traced.weight_vars`.
+        compile_slice: compiles a plan for a replica.
+        weights: for each replica the values of `Traced.weight_vars`.
         """
         self.num_slices = len(parts.slices)
         self._parts = parts
@@ -115,7 +116,7 @@ class SplitExecutor(Executor):
         pool: AttentionWorkerPool,
         *,
         num_batches: int,
-        replicas: Sequence[jax.Device],
+        replicas: Sequence[SingleDeviceSharding],
         overlap: bool,
         max_step_tokens: int,
         timeout_s: float,
@@ -138,7 +139,7 @@ class SplitExecutor(Executor):
         self._num_batches = num_batches
         self._overlap = overlap
         self._trace_dir = trace_dir
-        self._replicas = [jax.sharding.SingleDeviceSharding(device) for device in replicas]
+        self._replicas = list(replicas)
         self._weights: list[list[jax.Array]] = []
         self._stamps = [first_stamp(b) for b in range(num_batches)]
         self._num_steps = [0] * num_batches
@@ -263,19 +264,19 @@ class SplitExecutor(Executor):
         sizes = [sum(_nbytes(parts.values[i]) for i in s.context) for s in parts.slices[:-1]]
         whole = jax.ShapeDtypeStruct((max(max(sizes), 1) * max_step_tokens // 4 + 64 * len(parts.values),), jnp.int32)
         count = len(self._replicas)
-        options = {"timeout_s": timeout_s}
         shm = channel_class("shm")
         for r in range(count):
             messages = [MessageSpec(tag=Tag.CONTEXT, tensors=(whole,))]
             peer = f"model replica {(r + 1) % count}"
             ends = [
-                shm.create(role="writer", peer=peer, messages=messages, **options) for _ in range(self._num_batches)
+                shm.create(role="writer", peer=peer, messages=messages, timeout_s=timeout_s)
+                for _ in range(self._num_batches)
             ]
             self._context_out.append(ends)
         for r in range(count):
             before = self._context_out[r - 1]
             peer = f"model replica {(r - 1) % count}"
-            self._context_in.append([attach(c.address, role="reader", peer=peer, **options) for c in before])
+            self._context_in.append([attach(c.address, role="reader", peer=peer, timeout_s=timeout_s) for c in before])
 
     def _weights_of(self, traced: partition.Traced) -> list[list[jax.Array]]:
         """For each replica the weights on its device."""

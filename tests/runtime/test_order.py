@@ -1,5 +1,6 @@
 """The order of computation and messages in the compiled slices: by data dependence, which XLA cannot undo."""
 
+import itertools
 import re
 
 import pytest
@@ -79,7 +80,7 @@ def test_sends_are_in_one_chain(programs, which):
     hlo = programs[which]
     chain = sends(hlo)
     assert len(chain) == 4
-    assert all(hlo.depends_on(later, earlier) for earlier, later in zip(chain, chain[1:], strict=False))
+    assert all(hlo.depends_on(later, earlier) for earlier, later in itertools.pairwise(chain))
 
 
 def test_answers_are_awaited_before_the_next_q_is_sent(programs):

@@ -1,5 +1,6 @@
 """The schedule as the paper draws it: no conflict, no bubble."""
 
+import itertools
 from collections import defaultdict
 
 import pytest
@@ -22,8 +23,8 @@ def test_no_conflict_and_no_bubble(n, num_slices, first_slice):
     for spans in busy.values():
         spans.sort()
         # Every end is the next start, but for the stagger at both ends of the step.
-        assert all(a_end <= b_start for (_, a_end), (b_start, _) in zip(spans, spans[1:], strict=False))
-        assert all(a_end == b_start for (_, a_end), (b_start, _) in zip(spans, spans[1:], strict=False))
+        assert all(a_end <= b_start for (_, a_end), (b_start, _) in itertools.pairwise(spans))
+        assert all(a_end == b_start for (_, a_end), (b_start, _) in itertools.pairwise(spans))
 
 
 @given(n=st.integers(1, 9), num_slices=st.integers(1, 40))
