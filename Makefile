@@ -9,7 +9,7 @@ TINY := checkpoints/tiny
 .PHONY: run test lint bench format clean
 
 run: $(TINY)/config.json
-	$(BIN)/python scripts/generate.py --model=$(TINY) --num_attention_workers=2 --dtype=float32 --max_tokens=48 \
+	$(BIN)/python scripts/generate.py --model=$(TINY) --num_attention_workers=2 --dtype=float32 --max_tokens=48 --temperature=0.6 \
 		--prompt="The " --prompt="If the file " --prompt="A class "
 
 test: $(INSTALLED) lint

@@ -9,7 +9,7 @@ import platform
 
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
-import transformers
+import transformers  # pyright: ignore[reportMissingImports]  (neither is installed here)
 
 PROMPT_LENGTHS = (1, 2, 16, 17, 45, 129, 300)
 NEW_TOKENS = 64
