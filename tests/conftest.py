@@ -7,6 +7,7 @@ import jax
 import jaxtyping
 import psutil
 import pytest
+from hypothesis import HealthCheck, settings
 from jax.extend import source_info_util
 
 jax.config.update("jax_platforms", "cpu")
@@ -14,6 +15,10 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 3)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# How long an example takes says more about what else the machine does than about the code.
+settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy machine")
+
 # The type checker wraps every function; JAX should look through it when it names source lines.
 source_info_util.register_exclusion(os.path.dirname(jaxtyping.__file__))
 
