@@ -20,9 +20,9 @@ from absl import app, flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-_BATCH = flags.DEFINE_list("batch", ["8", "64"], "Sequences decoded together.")
-_CONTEXT = flags.DEFINE_list("context", ["256", "1024"], "Tokens of each prompt.")
-_TOKENS = flags.DEFINE_integer("tokens", 24, "Decode steps timed in a repeat.", lower_bound=2)
+_BATCH = flags.DEFINE_list("batch", ["8", "32"], "Sequences decoded together.")
+_CONTEXT = flags.DEFINE_list("context", ["256"], "Tokens of each prompt.")
+_TOKENS = flags.DEFINE_integer("tokens", 16, "Decode steps timed in a repeat.", lower_bound=2)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Times that every engine takes its turn.", lower_bound=1)
 _HIDDEN = flags.DEFINE_integer("hidden_size", 512, "Of the model; it has hidden_size // 64 heads.")
 _LAYERS = flags.DEFINE_integer("num_layers", 8, "Of the model.")
