@@ -14,8 +14,8 @@ from lamina_jax.testing import TINY_CONFIGS, write_tiny_checkpoint
 GOLDENS = Path(__file__).parent / "goldens"
 PROMPT_LENGTHS = (1, 2, 16, 17, 45, 129, 300)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
-BFLOAT16_TOLERANCE = 0.35
-"""Largest difference of a bf16 logit from the float32 one; logits of the tiny models spread by a few units."""
+BFLOAT16_TOLERANCE = 0.3
+"""Largest difference of a bf16 logit from the float32 one. Measured: 0.24; the logits' standard deviation is 2."""
 
 
 @functools.cache

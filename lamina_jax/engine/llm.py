@@ -56,7 +56,8 @@ class LLM:
             max_position_embeddings, or less if the KV cache cannot hold that.
         page_size: tokens in a page of KV cache.
         max_num_seqs: sequences that run at a time.
-        max_prefill_tokens: most prompt tokens in a step; longer prompts go in pieces.
+        max_prefill_tokens: most prompt tokens in a step of a batch, padding included and rounded up to a power of two
+            (at least 16, and at least max_num_seqs); longer prompts go in pieces.
         num_batches: batches in flight at a time, so that one's slices run while another's attention does; 1 is off.
         overlap: start attention over the cache while k and v are still being computed.
         kv_cache_bytes: memory for the KV cache over all workers; by default a quarter of what is free at most.

@@ -26,7 +26,9 @@ def logits_of_every_step(directory, **settings) -> list[np.ndarray]:
         return [np.asarray(logits)[emits] for emits, logits in steps]
 
 
-@pytest.mark.parametrize("name", ["mha", "gqa", "mqa", "odd", "bias", "mistral", "qwen2", "qwen3", "gemma2"])
+@pytest.mark.parametrize(
+    "name", ["mha", "gqa", "mqa", "llama3_rope", "tied", "odd", "bias", "mistral", "qwen2", "qwen3", "gemma2"]
+)
 def test_split_equals_unsplit_bit_for_bit_in_float32(tmp_path, name):
     write_tiny_checkpoint(tmp_path, name)
     whole = logits_of_every_step(tmp_path, num_attention_workers=0)
