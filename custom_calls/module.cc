@@ -145,6 +145,7 @@ NB_MODULE(_custom_calls, module) {
   module.def("send_handler", [] { return Capsule(LaminaSend); });
   module.def("recv_handler", [] { return Capsule(LaminaRecv); });
   module.def("fence_handler", [] { return Capsule(LaminaFence); });
+  module.def("compile_only_handler", [] { return Capsule(LaminaCompileOnly); });
 }
 
 }  // namespace lamina

@@ -32,7 +32,8 @@ from lamina_jax.runtime.model_worker import ModelWorker, model_function
 from lamina_jax.runtime.plan import StepPlan
 from lamina_jax.runtime.pool import AttentionWorkerPool
 from lamina_jax.runtime.schedule import num_replicas
-from lamina_jax.runtime.split import SplitExecutor, split_heads
+from lamina_jax.runtime.slices import split_heads
+from lamina_jax.runtime.split import SplitExecutor
 
 Prompt = str | Mapping[str, Any]
 """Text, or ``{"prompt": text}``, or ``{"prompt_token_ids": [...]}``."""

@@ -20,6 +20,7 @@ from lamina_jax.models.base import DecoderModel, ParameterPath
 from lamina_jax.models.config import ModelConfig
 from lamina_jax.models.fields import Fields
 from lamina_jax.models.mapping import read_attention_bias
+from lamina_jax.models.parallel import InputDividedLinear, embed_words, gather_words
 
 
 class RMSNorm(nnx.Module):
@@ -53,7 +54,7 @@ class Attention(nnx.Module):
         self.q_proj = nnx.Linear(hidden, q, use_bias=config.qkv_bias, **options)
         self.k_proj = nnx.Linear(hidden, kv, use_bias=config.qkv_bias, **options)
         self.v_proj = nnx.Linear(hidden, kv, use_bias=config.qkv_bias, **options)
-        self.o_proj = nnx.Linear(q, hidden, use_bias=config.o_bias, **options)
+        self.o_proj = InputDividedLinear(q, hidden, use_bias=config.o_bias, **options)
 
     def __call__(
         self,
@@ -91,7 +92,7 @@ class MLP(nnx.Module):
         options = {"use_bias": config.mlp_bias, "dtype": dtype, "param_dtype": dtype, "rngs": rngs}
         self.gate_proj = nnx.Linear(hidden, inner, **options)
         self.up_proj = nnx.Linear(hidden, inner, **options)
-        self.down_proj = nnx.Linear(inner, hidden, **options)
+        self.down_proj = InputDividedLinear(inner, hidden, **options)
 
     def __call__(self, x: Float[Array, "batch tokens hidden"]) -> Float[Array, "batch tokens hidden"]:
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
@@ -154,14 +155,15 @@ class Llama(DecoderModel):
 
     def embedded(self, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens hidden"]:
         """What the first layer is given."""
-        return self.embed_tokens(tokens)
+        return embed_words(self.embed_tokens, tokens)
 
     def logits(self, x: Float[Array, "batch tokens hidden"]) -> Float32[Array, "batch tokens vocab"]:
         if self.config.tie_word_embeddings:
             table, axis = self.embed_tokens.embedding[...], 1
         else:
             table, axis = self.lm_head.kernel[...], 0
-        return jax.lax.dot_general(x, table, (((2,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+        logits = jax.lax.dot_general(x, table, (((2,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+        return gather_words(logits)
 
     @staticmethod
     def checkpoint_name(path: ParameterPath) -> str:

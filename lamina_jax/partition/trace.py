@@ -63,7 +63,9 @@ class Traced:
         return [env[v] for v in self.weight_vars]
 
 
-def trace(fn: Callable[..., Sequence[jax.Array]], params: Any, *inputs: Any) -> Traced:
+def trace(
+    fn: Callable[..., Sequence[jax.Array]], params: Any, *inputs: Any, axes: Sequence[tuple[str, int]] = ()
+) -> Traced:
     """Traces ``fn(params, *inputs)``.
 
     Args:
@@ -71,6 +73,8 @@ def trace(fn: Callable[..., Sequence[jax.Array]], params: Any, *inputs: Any) -> 
             custom derivative rules.
         params: pytree of weights (arrays or `jax.ShapeDtypeStruct`).
         inputs: pytrees of arrays or `jax.ShapeDtypeStruct`.
+        axes: names and sizes of mesh axes over which the function communicates; what comes of the trace is then to be
+            run under `jax.shard_map` over them.
 
     Raises:
         ValueError: `attend` is called under control flow (scan, while, cond, vmap of one of them ...), where it
@@ -78,13 +82,13 @@ def trace(fn: Callable[..., Sequence[jax.Array]], params: Any, *inputs: Any) -> 
     """
     leaves, tree = jax.tree.flatten((params, inputs))
     try:
-        closed = jax.make_jaxpr(lambda *flat: _apply(fn, tree, flat))(*leaves)
+        closed = jax.make_jaxpr(lambda *flat: _apply(fn, tree, flat), axis_env=list(axes))(*leaves)
     except _DATA_DEPENDENT as error:
         raise ValueError(
             f"The model cannot be traced: at {_users_line(error)} a shape or a branch depends on data, which is known "
             f"only when a step runs. Use fixed shapes and jnp.where. ({str(error).splitlines()[0]})"
         ) from error
-    flat = jax.make_jaxpr(lambda *args: evaluate(closed.jaxpr, closed.consts, args))(*leaves)
+    flat = jax.make_jaxpr(lambda *args: evaluate(closed.jaxpr, closed.consts, args), axis_env=list(axes))(*leaves)
     return _hoist(flat.jaxpr, tuple(flat.consts), len(jax.tree.leaves(params)))
 
 

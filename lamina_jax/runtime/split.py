@@ -1,6 +1,5 @@
 """The model cut at its attends: slices run here, attention in workers, channels join them."""
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -19,49 +18,9 @@ from lamina_jax.runtime.model import Model
 from lamina_jax.runtime.plan import StepPlan
 from lamina_jax.runtime.pool import AttentionWorkerPool
 from lamina_jax.runtime.schedule import Turn, turns
-from lamina_jax.runtime.stamps import first_stamp, next_layer, next_step
-from lamina_jax.transport import Channel, MessageSpec, Tag, attach, channel_class, fence, recv, send
-
-
-@dataclasses.dataclass(frozen=True)
-class _Heads:
-    """One worker's contiguous share of the heads."""
-
-    q: slice
-    kv: slice
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """A compiled slice but for the weights: slices with equal plans share it."""
-
-    program: int
-    """Index into `Partition.programs`."""
-    given: tuple[jax.ShapeDtypeStruct, ...]
-    """Values that the caller passes in."""
-    received: tuple[jax.ShapeDtypeStruct, ...]
-    """Values that the replica of the slice before sends; none where batches do not move."""
-    reads: tuple[int, ...]
-    """Where the program's reads are among the values given and received."""
-    sent: tuple[int, ...]
-    """Where the values for the next replica are among those and the program's writes."""
-    returns: bool
-    """Whether the writes go back to the caller."""
-
-
-def _plan_slice(parts: partition.Partition, k: int, *, moves: bool) -> _Plan:
-    this, last = parts.slices[k], k == len(parts.slices) - 1
-    given = tuple(range(parts.num_inputs)) if moves else this.reads
-    received = parts.slices[k - 1].context if moves and k else ()
-    at_hand = (*given, *received)
-    return _Plan(
-        program=this.program,
-        given=tuple(parts.values[i] for i in given),
-        received=tuple(parts.values[i] for i in received),
-        reads=tuple(at_hand.index(i) for i in this.reads),
-        sent=tuple((*at_hand, *this.writes).index(i) for i in this.context) if moves and not last else (),
-        returns=last or not moves,
-    )
+from lamina_jax.runtime.slices import Heads, SlicePlan, SlicePorts, plan_slice, split_heads
+from lamina_jax.runtime.stamps import first_stamp
+from lamina_jax.transport import Channel, MessageSpec, Tag, attach, channel_class
 
 
 class _SlicedModel:
@@ -70,7 +29,7 @@ class _SlicedModel:
     def __init__(
         self,
         parts: partition.Partition,
-        compile_slice: Callable[[int, partition.SliceProgram, _Plan], jax.stages.Compiled],
+        compile_slice: Callable[[int, partition.SliceProgram, SlicePlan], jax.stages.Compiled],
         weights: Sequence[Sequence[jax.Array]],
     ) -> None:
         """Args:
@@ -80,7 +39,7 @@ class _SlicedModel:
         self.num_slices = len(parts.slices)
         self._parts = parts
         self._moves = len(weights) > 1
-        plans = [_plan_slice(parts, k, moves=self._moves) for k in range(self.num_slices)]
+        plans = [plan_slice(parts, k, moves=self._moves) for k in range(self.num_slices)]
         compiled = [
             {plan: compile_slice(replica, parts.programs[plan.program], plan) for plan in dict.fromkeys(plans)}
             for replica in range(len(weights))
@@ -223,8 +182,11 @@ class SplitExecutor(Executor):
     def _channels(self) -> Iterator[Channel]:
         return itertools.chain(*self._up, *self._down, *self._context_out, *self._context_in)
 
-    def _open_channels(self, name: str, share: _Heads, max_step_tokens: int, timeout_s: float) -> None:
-        q, kv = self._message_shapes(share, 1, max_step_tokens)
+    def _open_channels(self, name: str, share: Heads, max_step_tokens: int, timeout_s: float) -> None:
+        site = self._model.sites[0]
+        shape = lambda heads: (1, max_step_tokens, heads, site.kv.shape[3])  # noqa: E731
+        q = jax.ShapeDtypeStruct(shape(share.num_q), site.q.dtype)
+        kv = jax.ShapeDtypeStruct(shape(share.num_kv), site.kv.dtype)
         options = {"peer": name, "timeout_s": timeout_s}
         requests = [MessageSpec(tag=Tag.Q, tensors=(q,)), MessageSpec(tag=Tag.KV, tensors=(kv, kv))]
         answers = [MessageSpec(tag=Tag.ATTENDED, tensors=(q,))]
@@ -233,11 +195,18 @@ class SplitExecutor(Executor):
         self._down.append([shm.create(role="writer", messages=requests, **options) for _ in batches])
         self._up.append([shm.create(role="reader", messages=answers, **options) for _ in batches])
 
-    def _message_shapes(self, share: _Heads, batch: int, tokens: int):
-        site = self._model.sites[0]
-        q = jax.ShapeDtypeStruct((batch, tokens, share.q.stop - share.q.start, site.q.shape[3]), site.q.dtype)
-        kv = jax.ShapeDtypeStruct((batch, tokens, share.kv.stop - share.kv.start, site.kv.shape[3]), site.kv.dtype)
-        return q, kv
+    def _ports(self, replica: int) -> SlicePorts:
+        site, moves = self._model.sites[0], len(self._replicas) > 1
+        return SlicePorts(
+            shares=self._shares,
+            down=self._down,
+            up=self._up,
+            head_dim=site.kv.shape[3],
+            dtype=site.kv.dtype,
+            overlap=self._overlap,
+            context_in=self._context_in[replica] if moves else (),
+            context_out=self._context_out[replica] if moves else (),
+        )
 
     def _configuration(self, config: CacheConfig, worker: int) -> Configure:
         site, share = self._model.sites[0], self._shares[worker]
@@ -245,8 +214,8 @@ class SplitExecutor(Executor):
             config=AttentionWorkerConfig(
                 name=self._pool.names()[worker],
                 layers=tuple(s.params for s in self._model.sites),
-                num_heads=share.q.stop - share.q.start,
-                num_kv_heads=share.kv.stop - share.kv.start,
+                num_heads=share.num_q,
+                num_kv_heads=share.num_kv,
                 head_dim=site.kv.shape[3],
                 dtype=str(site.kv.dtype),
                 page_size=config.page_size,
@@ -286,79 +255,14 @@ class SplitExecutor(Executor):
         return self._weights
 
     def _compile(
-        self, shape: tuple[int, int], replica: int, program: partition.SliceProgram, plan: _Plan
+        self, shape: tuple[int, int], replica: int, program: partition.SliceProgram, plan: SlicePlan
     ) -> jax.stages.Compiled:
         place = self._replicas[replica]
         on_device = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)  # noqa: E731
         weights = tuple(on_device(partition.shape_of(v)) for v in program.weights)
         stamp = jax.ShapeDtypeStruct((3,), jnp.int32, sharding=place)
-        run = jax.jit(functools.partial(self._run_slice, shape, replica, program, plan))
+        run = jax.jit(self._ports(replica).function(program, plan, *shape))
         return run.lower(weights, tuple(map(on_device, plan.given)), stamp).compile()
-
-    def _run_slice(
-        self,
-        shape: tuple[int, int],
-        replica: int,
-        program: partition.SliceProgram,
-        plan: _Plan,
-        weights,
-        given,
-        stamp,
-    ):
-        at_hand = list(given)
-        if program.attended is None:
-            stamp = next_step(stamp)
-        if plan.received:
-            received, stamp = recv(self._context_in[replica], stamp, plan.received, tag=Tag.CONTEXT)
-            at_hand += received
-
-        def recv_attended() -> jax.Array:
-            nonlocal stamp
-            attended, stamp = self._recv_attended(shape, stamp)
-            stamp = next_layer(stamp)
-            return attended
-
-        held: list[jax.Array] = []
-
-        def send_q(q: jax.Array) -> None:
-            nonlocal stamp
-            if self._overlap:
-                stamp = self._send_heads(stamp, [q], Tag.Q)
-            else:
-                held.append(q)
-
-        def send_kv(k: jax.Array, v: jax.Array) -> None:
-            nonlocal stamp
-            if not self._overlap:
-                stamp = self._send_heads(stamp, held, Tag.Q)
-            stamp = self._send_heads(stamp, [k, v], Tag.KV)
-
-        def keep_order(values: list[jax.Array]) -> list[jax.Array]:
-            nonlocal stamp
-            stamp, values = fence(stamp, values)
-            return values
-
-        ports = partition.Ports(recv=recv_attended, send_q=send_q, send_kv=send_kv, fence=keep_order)
-        writes = program.run(weights, [at_hand[i] for i in plan.reads], ports)
-        if plan.sent:
-            at_hand += writes
-            stamp = send(self._context_out[replica], stamp, [at_hand[i] for i in plan.sent], tag=Tag.CONTEXT)
-        # The stamp goes out too, or XLA would drop the sends.
-        return (writes if plan.returns else []), stamp
-
-    def _send_heads(self, stamp: jax.Array, tensors: list[jax.Array], tag: Tag) -> jax.Array:
-        for channels, share in zip(self._down, self._shares, strict=True):
-            heads = share.q if tag is Tag.Q else share.kv
-            stamp = send(channels, stamp, [x[:, :, heads] for x in tensors], tag=tag)
-        return stamp
-
-    def _recv_attended(self, shape: tuple[int, int], stamp: jax.Array) -> tuple[jax.Array, jax.Array]:
-        parts = []
-        for channels, share in zip(self._up, self._shares, strict=True):
-            spec, _ = self._message_shapes(share, *shape)
-            (part,), stamp = recv(channels, stamp, [spec], tag=Tag.ATTENDED)
-            parts.append(part)
-        return jnp.concatenate(parts, axis=2), stamp
 
 
 def _nbytes(value: jax.ShapeDtypeStruct) -> int:
@@ -373,19 +277,3 @@ def _message(plans: Sequence[StepPlan]) -> RunStep:
         num_new=np.stack([p.num_new for p in plans]).tobytes(),
         block_tables=np.stack([p.block_tables for p in plans]).tobytes(),
     )
-
-
-def split_heads(num_heads: int, num_kv_heads: int, num_workers: int) -> list[_Heads]:
-    """Contiguous shares of the KV heads, and the query heads that read them, as even as they go.
-
-    Raises:
-        ValueError: there are more workers than KV heads.
-    """
-    if num_workers > num_kv_heads:
-        raise ValueError(
-            f"num_attention_workers is {num_workers}, but the model has only {num_kv_heads} KV heads to divide; "
-            f"use at most {num_kv_heads} attention workers."
-        )
-    group = num_heads // num_kv_heads
-    bounds = [worker * num_kv_heads // num_workers for worker in range(num_workers + 1)]
-    return [_Heads(slice(a * group, b * group), slice(a, b)) for a, b in itertools.pairwise(bounds)]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lamina_jax import LLM, SamplingParams
-from lamina_jax.runtime.split import split_heads
+from lamina_jax.runtime.slices import split_heads
 from lamina_jax.testing import write_tiny_checkpoint
 
 PROMPTS = [{"prompt_token_ids": list(range(1, n + 1))} for n in (1, 7, 40, 200)]

@@ -1,46 +1,18 @@
 """The order of computation and messages in the compiled slices: by data dependence, which XLA cannot undo."""
 
 import itertools
-import re
 
 import pytest
 
 from lamina_jax import LLM
+from lamina_jax.aot.hlo import FENCE, RECV, SEND, Hlo, Widths, early_violations, order_violations
 from lamina_jax.runtime.messages import Bucket
 from lamina_jax.testing import TINY_CONFIGS, write_tiny_checkpoint
 
+EARLY = (r" (?:cosine|sine)\(",)
+"""The rotary angles depend on positions alone."""
 CONFIG = TINY_CONFIGS["gqa"]
 BUCKET = Bucket(batch=8, tokens=1, max_pages=8)
-
-
-class Hlo:
-    """The entry computation of a compiled program: its instructions in schedule order, and what they read."""
-
-    def __init__(self, text: str):
-        entry = text[text.index("\nENTRY") :]
-        lines = re.findall(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)$", entry, re.MULTILINE)
-        self.names = [name for name, _ in lines]
-        self.text = dict(lines)
-        self.reads = {name: set(re.findall(r"%([\w.-]+)", body)) & set(self.names) for name, body in lines}
-
-    def find(self, pattern: str) -> list[str]:
-        return [name for name in self.names if re.search(pattern, self.text[name])]
-
-    def depends_on(self, name: str, other: str) -> bool:
-        seen, stack = set(), [name]
-        while stack:
-            for read in self.reads[stack.pop()] - seen:
-                seen.add(read)
-                stack.append(read)
-        return other in seen
-
-
-def sends(hlo: Hlo) -> list[str]:
-    return hlo.find('custom_call_target="lamina_shm_send"')
-
-
-def recvs(hlo: Hlo) -> list[str]:
-    return hlo.find('custom_call_target="lamina_shm_recv"')
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["overlap", "no overlap"])
@@ -52,51 +24,51 @@ def programs(request, tmp_path_factory):
         executor = llm._worker.executor
         executor.prepare(BUCKET, 1)
         sliced = executor._sliced[BUCKET.batch, BUCKET.tokens]  # pyright: ignore[reportAttributeAccessIssue]
-        yield request.param, *(Hlo(sliced._programs[0][k].as_text()) for k in (0, 1, -1))
+        yield request.param, *(Hlo.parse(sliced._programs[0][k].as_text()) for k in (0, 1, -1))
 
 
-def projections(hlo: Hlo) -> list[str]:
-    """The products that make k and v: nothing else in the model is as wide as the KV heads."""
-    width = CONFIG.num_kv_heads * CONFIG.head_dim
-    assert width not in (CONFIG.hidden_size, CONFIG.num_heads * CONFIG.head_dim, CONFIG.intermediate_size)
-    found = hlo.find(rf"^f32\[(?:\d+,)*{width}\]\S* (?:fusion|dot|custom-call)\(.*dot_general")
-    assert len(found) == 2
-    return found
+WIDTHS = Widths(
+    q=(CONFIG.hidden_size, CONFIG.num_heads * CONFIG.head_dim),
+    kv=(CONFIG.hidden_size, CONFIG.num_kv_heads * CONFIG.head_dim),
+)
 
 
 @pytest.mark.parametrize("which", [1, 2], ids=["first", "middle"])
-def test_q_is_sent_before_k_and_v_are_computed(programs, which):
+def test_messages_and_products_are_in_order(programs, which):
     overlap, hlo = programs[0], programs[which]
-    q_sends = sends(hlo)[:2]
-    for product in projections(hlo):
-        for send in q_sends:
-            assert hlo.depends_on(product, send) is overlap
-            if overlap:
-                assert hlo.names.index(send) < hlo.names.index(product)
+    violations = order_violations(hlo, WIDTHS, receives=which == 2)
+    if overlap:
+        assert violations == []
+    else:
+        # Without overlap q waits for k and v, and that is all that is different.
+        assert violations
+        assert all(v.startswith("send of q and product of k, v: ") for v in violations)
 
 
 @pytest.mark.parametrize("which", [1, 2], ids=["first", "middle"])
 def test_sends_are_in_one_chain(programs, which):
     hlo = programs[which]
-    chain = sends(hlo)
+    chain = hlo.find(SEND)
     assert len(chain) == 4
     assert all(hlo.depends_on(later, earlier) for earlier, later in itertools.pairwise(chain))
 
 
+def test_k_and_v_have_a_product_each(programs):
+    assert len(programs[2].products(WIDTHS.kv)) == 2
+
+
 def test_answers_are_awaited_before_the_next_q_is_sent(programs):
     hlo = programs[2]
-    assert len(recvs(hlo)) == 2
-    assert all(hlo.depends_on(sends(hlo)[0], recv) for recv in recvs(hlo))
+    recvs = hlo.find(RECV)
+    assert len(recvs) == 2
+    assert all(hlo.depends_on(hlo.find(SEND)[0], recv) for recv in recvs)
 
 
 def test_what_can_run_before_the_answer_is_awaited_does(programs):
-    """The rotary angles depend on positions alone."""
-    hlo = programs[2]
-    angles = hlo.find(r"(?:cosine|sine)|calls=%\S*(?:cosine|sine)")
-    assert angles
-    assert all(hlo.depends_on(recv, angle) for recv in recvs(hlo) for angle in angles)
+    assert early_violations(programs[2], EARLY) == []
 
 
 def test_last_slice_sends_nothing(programs):
-    assert sends(programs[3]) == []
-    assert len(recvs(programs[3])) == 2
+    assert programs[3].find(SEND) == []
+    assert len(programs[3].find(RECV)) == 2
+    assert len(programs[3].find(FENCE)) <= 1
