@@ -4,9 +4,12 @@ Needs the wheels of `aot/constraints.txt`: the CUDA plugin of JAX, and ptxas. `p
 JAX is imported.
 """
 
+import atexit
 import dataclasses
 import functools
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -19,9 +22,13 @@ from jax.sharding import Mesh
 
 from lamina_jax import _custom_calls
 from lamina_jax.aot.targets import Target
+from lamina_jax.runtime.gpu_options import GPU_COMPILER_OPTIONS
 
 MODEL_AXIS = "model"
 """Mesh axis of the devices that share the model."""
+
+_MOSAIC_DUMP = "MOSAIC_GPU_DUMP_TO"
+_mosaic_seen: dict[frozenset[str], tuple[str, ...]] = {}
 
 _HANDLERS = ("lamina_cuda_send", "lamina_cuda_recv", "lamina_fence")
 
@@ -29,6 +36,9 @@ _OPTIONS = {
     # Autotuning measures on a device.
     "xla_gpu_autotune_level": 0,
     "xla_gpu_enable_triton_gemm": False,
+    # Writes the assembly of every kernel.
+    "xla_dump_emitter_re": ".*",
+    **GPU_COMPILER_OPTIONS,
 }
 
 
@@ -56,13 +66,13 @@ class Compiled:
     Attributes:
         hlo: the scheduled module.
         thunks: XLA's list of what is launched, command buffers (CUDA graphs) and what they record indented below.
-        ptx: assembly of the kernels, by file name.
+        ptx: assembly of the kernels that XLA and Mosaic made; cuBLAS's are in its library.
         memory: what the program takes on each device.
     """
 
     hlo: str
     thunks: str
-    ptx: dict[str, str]
+    ptx: tuple[str, ...]
     memory: Memory
 
 
@@ -92,11 +102,11 @@ def compile_for_gpu(function: Callable, arguments: Sequence[Any], **jit_options:
     with tempfile.TemporaryDirectory() as directory:
         compiled = lowered.compile(compiler_options={**_OPTIONS, "xla_dump_to": directory})
         dumped = Path(directory)
-        stats = compiled.memory_analysis()
+        hlo, stats = compiled.as_text(), compiled.memory_analysis()
         return Compiled(
-            hlo=compiled.as_text(),
-            thunks=_only(dumped, "*thunk_sequence_after_thunk_passes.txt").read_text(),
-            ptx={path.name: path.read_text() for path in dumped.glob("*.ptx")},
+            hlo=hlo,
+            thunks=_thunks(dumped),
+            ptx=(*(path.read_text() for path in sorted(dumped.glob("*.ptx"))), *_mosaic_ptx(hlo)),
             memory=Memory(
                 arguments=stats.argument_size_in_bytes,
                 outputs=stats.output_size_in_bytes,
@@ -111,6 +121,10 @@ def prepare_environment() -> None:
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     os.environ["PATH"] += f":{cuda_tools()}"
+    # Pallas' Mosaic kernels are compiled outside XLA, and dumped by a switch of their own.
+    directory = tempfile.mkdtemp(prefix="lamina-aot-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    os.environ[_MOSAIC_DUMP] = directory
 
 
 def cuda_tools() -> Path:
@@ -128,8 +142,30 @@ def _register_handlers() -> None:
         jax.ffi.register_ffi_target(name, _custom_calls.compile_only_handler(), platform="CUDA")
 
 
-def _only(directory: Path, pattern: str) -> Path:
-    found = list(directory.glob(pattern))
-    if len(found) != 1:
-        raise RuntimeError(f"expected one file {pattern} from the compiler, got {[path.name for path in found]}")
-    return found[0]
+def _mosaic_ptx(hlo: str) -> tuple[str, ...]:
+    """Assembly of a program's Mosaic kernels.
+
+    They are compiled once per process and dumped then, wherever the first of them was: a program whose kernels are all
+    known has those of the program before.
+    """
+    kernels = frozenset(re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', hlo))
+    if kernels and kernels not in _mosaic_seen:
+        directory = Path(os.environ[_MOSAIC_DUMP])
+        found = sorted(directory.glob("*.ptx"))
+        if not found:
+            raise RuntimeError("expected Mosaic to dump the assembly of its kernels; call prepare_environment first")
+        _mosaic_seen[kernels] = tuple(path.read_text() for path in found)
+        for path in found:
+            path.unlink()
+    return _mosaic_seen.get(kernels, ())
+
+
+def _thunks(dumped: Path) -> str:
+    """The thunks of a program, as they are after the passes over them; XLA writes that only if a pass did something."""
+    for pattern in ("*.thunk_sequence_after_thunk_passes.txt", "*.thunk_sequence.txt"):
+        found = list(dumped.glob(pattern))
+        if len(found) == 1:
+            return found[0].read_text()
+    raise RuntimeError(
+        f"expected the compiler to dump one thunk sequence, got {sorted(p.name for p in dumped.iterdir())}"
+    )

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping
 
@@ -102,6 +103,44 @@ class Widths:
     def __post_init__(self) -> None:
         if self.q == self.kv:
             raise ValueError(f"q and k have weights of one shape, {self.q}: their products cannot be told apart.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Instructions of one kind in a module.
+
+    Attributes:
+        count: how many there are; those of a loop's body count once.
+        nbytes: size of their results.
+    """
+
+    count: int
+    nbytes: int
+
+
+_COLLECTIVE = r"all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+_ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
+
+
+def collectives(module: str) -> dict[str, Traffic]:
+    """The communication among devices that a module has, by kind."""
+    return _traffic(module, rf"({_COLLECTIVE})(?:-start)?")
+
+
+def copies(module: str) -> Traffic:
+    """The copies that a module makes as launches of their own."""
+    return _traffic(module, r"(copy)(?:-start)?").get("copy", Traffic(count=0, nbytes=0))
+
+
+def _traffic(module: str, opcode: str) -> dict[str, Traffic]:
+    found: dict[str, Traffic] = {}
+    for shape, kind in re.findall(rf"^\s+(?:ROOT )?%\S+ = (.*?) {opcode}\(", module, re.MULTILINE):
+        # An asynchronous start has operands and results in a tuple; the last is the result.
+        dtype, dims = re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shape)[-1]
+        nbytes = _ITEM_BYTES[dtype] * math.prod(int(d) for d in dims.split(",") if d)
+        before = found.get(kind, Traffic(count=0, nbytes=0))
+        found[kind] = Traffic(count=before.count + 1, nbytes=before.nbytes + nbytes)
+    return found
 
 
 def order_violations(hlo: Hlo, widths: Widths, *, receives: bool) -> list[str]:

@@ -1,7 +1,9 @@
-"""The programs of a model worker, as shapes to compile: slices, tensor parallel over the devices of a mesh."""
+"""The programs of both kinds of worker, as shapes to compile: the model's slices, tensor parallel over the devices of a
+mesh, and the attention worker's step for its share of the heads."""
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +15,13 @@ from lamina_jax.aot.channel import AotChannel
 from lamina_jax.aot.compiler import MODEL_AXIS, Compiled, compile_for_gpu, mesh
 from lamina_jax.aot.hlo import Widths
 from lamina_jax.aot.targets import Target
+from lamina_jax.attention.cache import PagedCache, StepTables
+from lamina_jax.attention.kernels import get_kernel
 from lamina_jax.models.checkpoint import abstract_model
 from lamina_jax.models.config import ModelConfig
 from lamina_jax.models.parallel import divided_over, local_config, partition_spec
+from lamina_jax.runtime.attention_step import AttentionStep
+from lamina_jax.runtime.messages import AttentionWorkerConfig
 from lamina_jax.runtime.model import input_shapes
 from lamina_jax.runtime.model_worker import model_function
 from lamina_jax.runtime.slices import SlicePorts, plan_slice, split_heads
@@ -28,7 +34,10 @@ class Deployment:
 
     Attributes:
         model_devices, attention_workers: the paper's degree of parallelism (a, b).
-        batch, tokens: the shape of a step.
+        batch, tokens: the shape of a step of one batch.
+        num_batches: batches in flight.
+        context: tokens that a sequence may have in the cache.
+        page_size: tokens in a page of it.
     """
 
     config: ModelConfig
@@ -36,6 +45,9 @@ class Deployment:
     attention_workers: int
     batch: int
     tokens: int = 1
+    num_batches: int = 2
+    context: int = 4096
+    page_size: int = 16
 
     def __post_init__(self) -> None:
         if self.attention_workers % self.model_devices:
@@ -114,6 +126,84 @@ def compile_slice(deployment: Deployment, shapes: SliceShapes, k: int, target: T
     return compile_for_gpu(run, (weights, given, stamp))
 
 
+def weight_bytes(config: ModelConfig) -> int:
+    """Bytes of all weights of a model, or of a device's part of one, in the config's dtype."""
+    _, state = abstract_model(config, dtype=config.dtype)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def slice_weight_bytes(shapes: SliceShapes, k: int) -> int:
+    """Bytes of the weights that slice `k` takes on each device."""
+    program = shapes.parts.programs[shapes.parts.slices[k].program]
+    return sum(_nbytes(partition.shape_of(v)) for v in program.weights)
+
+
+def in_flight_bytes(deployment: Deployment, shapes: SliceShapes) -> int:
+    """Bytes that the batches keep on each device between slices: the step's inputs, and the largest context."""
+    parts = shapes.parts
+    inputs = sum(_nbytes(value) for value in parts.values[: parts.num_inputs])
+    context = max(sum(_nbytes(parts.values[i]) for i in s.context) for s in parts.slices)
+    return deployment.num_batches * (inputs + context)
+
+
+def worker_config(deployment: Deployment, *, kernel: str, cache_bytes: int) -> AttentionWorkerConfig:
+    """An attention worker of which the KV cache takes at most `cache_bytes`."""
+    config = deployment.config
+    share = split_heads(config.num_heads, config.num_kv_heads, deployment.attention_workers)[0]
+    itemsize = jnp.dtype(config.dtype).itemsize
+    page_bytes = 2 * config.num_layers * share.num_kv * deployment.page_size * config.head_dim * itemsize
+    return AttentionWorkerConfig(
+        name="attention worker",
+        layers=tuple(config.attend_params(i) for i in range(config.num_layers)),
+        num_heads=share.num_q,
+        num_kv_heads=share.num_kv,
+        head_dim=config.head_dim,
+        dtype=config.dtype,
+        page_size=deployment.page_size,
+        num_pages=cache_bytes // page_bytes,
+        kernel=kernel,
+    )
+
+
+def cache_shapes(config: AttentionWorkerConfig) -> PagedCache:
+    """The worker's KV cache."""
+    make = functools.partial(
+        PagedCache.zeros,
+        num_layers=len(config.layers),
+        num_pages=config.num_pages,
+        num_kv_heads=config.num_kv_heads,
+        page_size=config.page_size,
+        head_dim=config.head_dim,
+        dtype=config.dtype,
+    )
+    return jax.eval_shape(make)
+
+
+def compile_attention(deployment: Deployment, config: AttentionWorkerConfig, target: Target) -> Compiled:
+    """Compiles the attention worker's step of all batches for one device."""
+    devices = mesh(target, 1)
+    share = jax.ShapeDtypeStruct(
+        (deployment.batch, deployment.tokens, config.num_heads + 2 * config.num_kv_heads, config.head_dim), config.dtype
+    )
+    messages = [MessageSpec(tag=Tag.Q, tensors=(share,))]
+    batches = range(deployment.num_batches)
+    ends = lambda role: [AotChannel.create(role=role, peer="model worker", messages=messages) for _ in batches]  # noqa: E731
+    step = AttentionStep(
+        config=config, kernel=get_kernel(config.kernel), inboxes=ends("reader"), outboxes=ends("writer")
+    )
+    max_pages = -(-deployment.context // deployment.page_size)
+    tables = [StepTables.shapes(deployment.batch, max_pages)] * deployment.num_batches
+    stamps = jax.ShapeDtypeStruct((deployment.num_batches, 3), jnp.int32)
+    indices = jax.ShapeDtypeStruct((deployment.num_batches,), jnp.int32)
+    place = functools.partial(_on, devices, spec=PartitionSpec())
+    arguments = jax.tree.map(place, (cache_shapes(config), stamps, indices, tables))
+    return compile_for_gpu(functools.partial(step.run, tokens=deployment.tokens), arguments, donate_argnums=0)
+
+
+def _nbytes(value: jax.ShapeDtypeStruct) -> int:
+    return math.prod(value.shape) * value.dtype.itemsize
+
+
 def _on(devices: Mesh, local: jax.ShapeDtypeStruct, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
     """The whole array of which every device has a part of shape `local`."""
     shape = tuple(
@@ -132,9 +222,12 @@ def _ports(deployment: Deployment) -> SlicePorts:
         heads = {Tag.Q: config.num_heads, Tag.KV: 2 * config.num_kv_heads, Tag.ATTENDED: config.num_heads}
         shape = lambda tag: (deployment.batch, deployment.tokens, heads[tag], config.head_dim)  # noqa: E731
         messages = [MessageSpec(tag=tag, tensors=(jax.ShapeDtypeStruct(shape(tag), dtype),)) for tag in tags]
-        # The call takes the channel of the device that it runs on, so a list has one for each device.
+        # One program runs on every device, so its lists have the channels of all of them.
         return [
-            [AotChannel.create(role=role, peer=f"attention worker {w}", messages=messages)] * deployment.model_devices
+            [
+                AotChannel.create(role=role, peer=f"attention worker {w}", messages=messages)
+                for _ in range(deployment.model_devices * deployment.num_batches)
+            ]
             for w in range(workers)
         ]
 

@@ -19,11 +19,10 @@ import numpy as np
 import zmq
 from absl import app, flags, logging
 
-from lamina_jax.attention.cache import PagedCache, StepTables, append
+from lamina_jax.attention.cache import PagedCache, StepTables
 from lamina_jax.attention.kernels import get_kernel
-from lamina_jax.attention.merge import merge
-from lamina_jax.attention.params import LayerParams
 from lamina_jax.runtime import timeline
+from lamina_jax.runtime.attention_step import AttentionStep
 from lamina_jax.runtime.control import ControlClient
 from lamina_jax.runtime.messages import (
     AttentionWorkerConfig,
@@ -36,8 +35,8 @@ from lamina_jax.runtime.messages import (
     RunStep,
     Shutdown,
 )
-from lamina_jax.runtime.stamps import first_stamp, next_layer, next_step
-from lamina_jax.transport import Channel, Tag, attach, fence, recv, send
+from lamina_jax.runtime.stamps import first_stamp
+from lamina_jax.transport import Channel, attach
 from lamina_jax.transport.recorder import start_recording
 
 _CONTROL = flags.DEFINE_string("control", None, "ZeroMQ address of the engine's control socket.", required=True)
@@ -54,9 +53,7 @@ class AttentionWorker:
     """One worker's cache, channels and compiled steps."""
 
     def __init__(self, config: AttentionWorkerConfig, inboxes: Sequence[Channel], outboxes: Sequence[Channel]):
-        self._config = config
-        self._inboxes, self._outboxes = inboxes, outboxes
-        self._kernel = get_kernel(config.kernel)
+        self._step = AttentionStep(config=config, kernel=get_kernel(config.kernel), inboxes=inboxes, outboxes=outboxes)
         self._compiled: dict[tuple[Bucket, int], jax.stages.Compiled] = {}
         self._stamps = jnp.stack([first_stamp(b) for b in range(len(inboxes))])
         self._cache = PagedCache.zeros(
@@ -75,7 +72,7 @@ class AttentionWorker:
             return
         tables = [StepTables.shapes(bucket.batch, bucket.max_pages)] * num_batches
         batches = jax.ShapeDtypeStruct((num_batches,), jnp.int32)
-        step = jax.jit(self._step, static_argnames="tokens", donate_argnames="cache")
+        step = jax.jit(self._step.run, static_argnames="tokens", donate_argnames="cache")
         lowered = step.lower(self._cache, self._stamps, batches, tables, tokens=bucket.tokens)
         self._compiled[bucket, num_batches] = lowered.compile()
 
@@ -97,46 +94,6 @@ class AttentionWorker:
         """Forgets the steps that have run. Raises the error of one that failed."""
         while self._in_flight and self._in_flight[0].is_ready():
             self._in_flight.popleft().block_until_ready()
-
-    def _step(self, cache: PagedCache, stamps, batches, tables: list[StepTables], *, tokens: int):
-        params = LayerParams.stack(self._config.layers)
-        layers = jnp.arange(len(self._config.layers), dtype=jnp.int32)
-
-        def layer(carry, xs):
-            cache, own = carry
-            done = []
-            for stamp, batch_tables in zip(own, tables, strict=True):
-                if done:
-                    # Batches take turns: no recv may hold a thread that an earlier batch needs.
-                    _, (stamp,) = fence(done[-1], [stamp])
-                cache, stamp = self._layer(cache, stamp, *xs, tables=batch_tables, tokens=tokens)
-                done.append(stamp)
-            return (cache, done), None
-
-        own = [next_step(stamps[batches[i]]) for i in range(len(tables))]
-        (cache, own), _ = jax.lax.scan(layer, (cache, own), (layers, params))
-        return cache, stamps.at[batches].set(jnp.stack(own))
-
-    def _layer(self, cache: PagedCache, stamp, layer, params: LayerParams, *, tables: StepTables, tokens: int):
-        config = self._config
-        batch = tables.context_lens.shape[0]
-        q_spec = jax.ShapeDtypeStruct((batch, tokens, config.num_heads, config.head_dim), config.dtype)
-        kv_spec = jax.ShapeDtypeStruct((batch, tokens, config.num_kv_heads, config.head_dim), config.dtype)
-
-        (q,), stamp = recv(self._inboxes, stamp, [q_spec], tag=Tag.Q)
-        cached = self._kernel.attend_cached(q, cache, layer, tables, params)
-        # k and v are taken when they are wanted, not waited for by a thread that attention could use.
-        leaves, tree = jax.tree.flatten(cached)
-        stamp, leaves = fence(stamp, leaves)
-        cached = jax.tree.unflatten(tree, leaves)
-        (k, v), stamp = recv(self._inboxes, stamp, [kv_spec, kv_spec], tag=Tag.KV)
-        new = self._kernel.attend_new(q, k, v, params)
-        # XLA writes the cache in place only if it knows that every read of this layer came first; without the
-        # barrier it copies the whole cache, once per layer (measured: 595 ms a step instead of 17).
-        cached, k, v = jax.lax.optimization_barrier((cached, k, v))
-        cache = append(cache, layer, k, v, tables)
-        stamp = send(self._outboxes, stamp, [merge(cached, new).output(config.dtype)], tag=Tag.ATTENDED)
-        return cache, next_layer(stamp)
 
 
 def main(argv: list[str]) -> None:
