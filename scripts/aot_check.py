@@ -118,7 +118,7 @@ def _check_model(findings: Findings, deployment: Deployment, shapes: SliceShapes
     programs = []
     for name, k in shapes.distinct().items():
         compiled = compile_slice(deployment, shapes, k, target)
-        title = f"{name} {_shape(deployment)}"
+        title = f"{name} {deployment.batch}x{deployment.tokens}"
         findings.entries.append(Entry.of(title, target.name, compiled, cuda_tools() / "ptxas"))
         programs.append((compiled.memory, slice_weight_bytes(shapes, k)))
         hlo = Hlo.parse(compiled.hlo)

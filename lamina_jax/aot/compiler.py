@@ -1,6 +1,6 @@
 """XLA's GPU compiler without a GPU.
 
-Needs the wheels of `aot/constraints.txt`: the CUDA plugin of JAX, and ptxas. `prepare_environment` has to run before
+Needs the wheels of `constraints-aot.txt`: the CUDA plugin of JAX, and ptxas. `prepare_environment` has to run before
 JAX is imported.
 """
 

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 _LINE = re.compile(r"^( *)(\d+): (k\w+) +\[([^\]]*)\] ?(.*)$")
 
+_PART = re.compile(r"^ *(?:condition|body|branch[\w ]*):$")
+"""What a loop or a branch launches stands below such a line."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Thunk:
@@ -30,7 +33,7 @@ def parse_thunks(text: str) -> list[Thunk]:
     """
     thunks, graph_indent = [], None
     for line in text.splitlines():
-        if not line.strip():
+        if not line.strip() or _PART.match(line):
             continue
         match = _LINE.match(line)
         if match is None:
