@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from lamina_jax.engine.config import EngineConfig, size_cache
+from lamina_jax.engine.interrupts import keeps_ctrl_c
 from lamina_jax.engine.outputs import RequestOutput
 from lamina_jax.engine.progress import Progress
 from lamina_jax.engine.request import Request
@@ -305,15 +306,24 @@ class _Run:
         self._owners: dict[Any, Request] = {}
 
     def outputs(self, requests: Iterator[Request]) -> Iterator[tuple[int, RequestOutput]]:
-        while True:
-            self._take(requests)
-            steps = self._scheduler.plan()
-            if steps:
-                self._dispatch(steps)
-            if not steps and not self._in_flight:
-                return
-            if not steps or len(self._in_flight) > _STEPS_AHEAD:
-                yield from self._collect()
+        done: list[tuple[int, RequestOutput]] | None = []
+        while done is not None:
+            # While the caller has the outputs, Ctrl-C is the caller's.
+            with keeps_ctrl_c():
+                done = self._advance(requests)
+            yield from done or ()
+
+    def _advance(self, requests: Iterator[Request]) -> list[tuple[int, RequestOutput]] | None:
+        """Dispatches the next steps and reads older ones; returns what is complete now, None when nothing is left."""
+        self._take(requests)
+        steps = self._scheduler.plan()
+        if steps:
+            self._dispatch(steps)
+        if not steps and not self._in_flight:
+            return None
+        if steps and len(self._in_flight) <= _STEPS_AHEAD:
+            return []
+        return list(self._collect())
 
     def drain(self, timeout_s: float) -> bool:
         """Waits until nothing is under way; False if that took too long. Errors are left to whoever asks next."""
