@@ -32,7 +32,7 @@ def test_tokens_do_not_depend_on_batches_overlap_or_workers(
     checkpoint, expected, num_batches, overlap, num_attention_workers
 ):
     options = {"num_batches": num_batches, "overlap": overlap, "num_attention_workers": num_attention_workers}
-    with LLM(checkpoint, **options) as llm:
+    with LLM(checkpoint, min_batch_seqs=1, **options) as llm:
         in_flight = set()
         run = llm._worker.run_with_logits
 

@@ -59,7 +59,9 @@ class LLM:
         max_num_seqs: sequences that run at a time.
         max_prefill_tokens: most prompt tokens in a step of a batch, padding included and rounded up to a power of two
             (at least 16, and at least max_num_seqs); longer prompts go in pieces.
-        num_batches: batches in flight at a time, so that one's slices run while another's attention does; 1 is off.
+        num_batches: most batches in flight at a time, so that one's slices run while another's attention does; 1 is
+            off.
+        min_batch_seqs: sequences that each batch must get before there is another one.
         overlap: start attention over the cache while k and v are still being computed.
         kv_cache_bytes: memory for the KV cache over all workers; by default a quarter of what is free at most.
         attention_kernel: name in `lamina_jax.attention.kernels.KERNELS`.
@@ -106,6 +108,7 @@ class LLM:
                 page_size=config.page_size,
                 num_pages=size.num_pages,
                 num_batches=config.num_batches,
+                min_batch_seqs=config.min_batch_seqs,
             )
             executor = _make_executor(config, loaded, pool, devices, self._limits)
             undo.pop_all()
