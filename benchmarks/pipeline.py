@@ -39,6 +39,7 @@ from lamina_jax.runtime import timeline
 from lamina_jax.runtime.executor import CacheConfig, Executor, UnsplitExecutor
 from lamina_jax.runtime.model import Model
 from lamina_jax.runtime.model_worker import ModelWorker, model_function
+from lamina_jax.runtime.plan import StepPlan
 from lamina_jax.runtime.pool import AttentionWorkerPool
 from lamina_jax.runtime.split import SplitExecutor
 from lamina_jax.testing import write_tiny_checkpoint
@@ -51,6 +52,7 @@ _HIDDEN = flags.DEFINE_integer("hidden_size", 512, "Of the model; it has hidden_
 _LAYERS = flags.DEFINE_integer("num_layers", 8, "Of the model.")
 _CORES = flags.DEFINE_multi_enum("cores", ["shared", "own"], ["shared", "own"], "Which cores the workers may use.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the weights and the cache.")
+_TRACE_DIR = flags.DEFINE_string("trace_dir", None, "Keep the timelines there, to look at or to draw.")
 _JSON = flags.DEFINE_string("json", None, "Write the figures here as well.")
 
 _PAGE_SIZE = 16
@@ -126,14 +128,21 @@ class Decoder:
         start = time.perf_counter()
         in_flight: deque[list[jax.Array]] = deque()
         for _ in range(num_steps):
-            plans = [step.plan for step in self._scheduler.plan()]
-            self._worker.prepare(plans[0].bucket, len(plans))
-            in_flight.append(self._worker.run(plans))
+            in_flight.append(self.dispatch(self.plan()))
             if len(in_flight) > _STEPS_AHEAD:
                 _read(in_flight.popleft())
         while in_flight:
             _read(in_flight.popleft())
         return time.perf_counter() - start
+
+    def plan(self) -> list[StepPlan]:
+        """The next step of each batch."""
+        return [step.plan for step in self._scheduler.plan()]
+
+    def dispatch(self, plans: list[StepPlan]) -> list[jax.Array]:
+        """The tokens that a step samples, by batch; they are not there yet."""
+        self._worker.prepare(plans[0].bucket, len(plans))
+        return self._worker.run(plans)
 
     def close(self) -> None:
         """Ends the workers."""
@@ -144,7 +153,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     rows = []
-    model = _model()
+    model = tiny_model()
     _print_header()
     for cores, batch, context in itertools.product(_CORES.value, map(int, _BATCH.value), map(int, _CONTEXT.value)):
         rows += _measure(model, batch, context, cores)
@@ -152,7 +161,8 @@ def main(argv: list[str]) -> None:
         Path(_JSON.value).write_text(json.dumps(rows, indent=2) + "\n")
 
 
-def _model() -> Model:
+def tiny_model() -> Model:
+    """A model of the size that the flags say, with random weights."""
     heads = _HIDDEN.value // 64
     config = ModelConfig.from_hf_dict(
         {
@@ -215,6 +225,9 @@ def _measure(model: Model, batch: int, context: int, cores: str) -> list[dict]:
 def _waits(model: Model, kind: Kind, *, batch: int, context: int, cores: str) -> dict[str, float]:
     """By worker, the share of its time in steps that it waits for messages."""
     with tempfile.TemporaryDirectory() as directory:
+        if _TRACE_DIR.value:
+            place = f"{kind.name.replace(', ', '-').replace(' ', '')}-{batch}x{context}-{cores}"
+            directory = str(Path(_TRACE_DIR.value, place))
         timeline.start(directory)
         decoder = Decoder(model, kind, batch=batch, context=context, num_steps=2 * _TOKENS.value, trace_dir=directory)
         decoder.run(_TOKENS.value)
