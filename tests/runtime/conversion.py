@@ -46,8 +46,8 @@ def compilations() -> Iterator[list[str]]:
     """Notes what XLA compiles meanwhile."""
     events: list[str] = []
 
-    def note(event: str, duration: float, **details) -> None:
-        del duration, details
+    def note(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        del duration_secs, kwargs
         if event == "/jax/core/compile/backend_compile_duration":
             events.append(event)
 
