@@ -30,6 +30,7 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/channel_latency.py
 	$(BIN)/python benchmarks/pipeline.py
+	$(BIN)/python benchmarks/host.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

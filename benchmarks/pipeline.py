@@ -1,61 +1,168 @@
-"""Decoding unsplit, split, and split with batches staggered: tokens per second and time per token, side by side.
+"""Decoding unsplit, split, and split with batches staggered: tokens per second, time per token, and who waits.
 
-    python benchmarks/pipeline.py [--batch=8,64] [--context=256,1024] [--json=FILE]
+    python benchmarks/pipeline.py [--batch=8,64] [--context=256,4096] [--cores=shared,own] [--json=FILE]
 
-All engines live at the same time in one process (with their workers beside it) on the same cores, and take turns, so
-that noise of the machine falls on all of them. Decode time is that of a run with many tokens less that of a run with
-one, both after a warm-up. Weights are random: speed does not depend on them.
+All engines live at the same time in one process (with their workers beside it) on the same cores and take turns, so
+that noise of the machine falls on all of them. They run planned steps as `LLM` does, one step ahead of the host, but
+start with the cache full: a prompt of 4096 tokens for each of 64 sequences would take longer than everything else, and
+speed does not depend on what weights and cache hold. Waiting is measured in a run of its own, by the timeline.
+
+With `--cores=shared` every worker may use every core, and what one leaves idle another takes. With `--cores=own` the
+model worker and the attention worker have a core each and nothing to share, as devices of different kinds have; the
+unsplit model keeps both.
 """
 
 import contextlib
+import dataclasses
+import itertools
 import json
 import os
 import statistics
 import tempfile
 import time
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
+import psutil
 from absl import app, flags
+from jax.sharding import SingleDeviceSharding
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-_BATCH = flags.DEFINE_list("batch", ["8", "32"], "Sequences decoded together.")
-_CONTEXT = flags.DEFINE_list("context", ["256"], "Tokens of each prompt.")
+from lamina_jax import SamplingParams
+from lamina_jax.engine.scheduler import Scheduler, SchedulerLimits, SequenceState
+from lamina_jax.models import ModelConfig, load_model
+from lamina_jax.runtime import timeline
+from lamina_jax.runtime.executor import CacheConfig, Executor, UnsplitExecutor
+from lamina_jax.runtime.model import Model
+from lamina_jax.runtime.model_worker import ModelWorker, model_function
+from lamina_jax.runtime.plan import StepPlan
+from lamina_jax.runtime.pool import AttentionWorkerPool
+from lamina_jax.runtime.split import SplitExecutor
+from lamina_jax.testing import write_tiny_checkpoint
+
+_BATCH = flags.DEFINE_list("batch", ["8", "64"], "Sequences decoded together.")
+_CONTEXT = flags.DEFINE_list("context", ["256", "1024"], "Tokens of each sequence.")
 _TOKENS = flags.DEFINE_integer("tokens", 16, "Decode steps timed in a repeat.", lower_bound=2)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Times that every engine takes its turn.", lower_bound=1)
 _HIDDEN = flags.DEFINE_integer("hidden_size", 512, "Of the model; it has hidden_size // 64 heads.")
 _LAYERS = flags.DEFINE_integer("num_layers", 8, "Of the model.")
+_CORES = flags.DEFINE_multi_enum("cores", ["shared", "own"], ["shared", "own"], "Which cores the workers may use.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the weights and the cache.")
+_TRACE_DIR = flags.DEFINE_string("trace_dir", None, "Keep the timelines there, to look at or to draw.")
 _JSON = flags.DEFINE_string("json", None, "Write the figures here as well.")
 
-ENGINES = {
-    "unsplit": {"num_attention_workers": 0},
-    "split, n = 1, no overlap": {"num_batches": 1, "overlap": False},
-    "split, n = 1": {"num_batches": 1},
-    "split, n = 2, no overlap": {"num_batches": 2, "overlap": False},
-    "split, n = 2": {"num_batches": 2},
-}
+_PAGE_SIZE = 16
+_STEPS_AHEAD = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """An engine to measure; `num_batches` None is the unsplit model."""
+
+    name: str
+    num_batches: int | None = None
+    overlap: bool = True
+
+
+KINDS = (
+    Kind("unsplit"),
+    Kind("split, n = 1, no overlap", 1, False),
+    Kind("split, n = 1", 1),
+    Kind("split, n = 2, no overlap", 2, False),
+    Kind("split, n = 2", 2),
+)
+
+
+class Decoder:
+    """`batch` sequences with `context` tokens in the cache, about to decode `num_steps` more."""
+
+    def __init__(
+        self, model: Model, kind: Kind, *, batch: int, context: int, num_steps: int, trace_dir: str | None = None
+    ) -> None:
+        pages = -(-context // _PAGE_SIZE)
+        self._limits = SchedulerLimits.of(
+            max_num_seqs=batch,
+            max_prefill_tokens=1,
+            page_size=_PAGE_SIZE,
+            num_pages=pages * batch,
+            num_batches=kind.num_batches or 1,
+            min_batch_seqs=1,
+        )
+        others = set(psutil.Process().children())
+        self._executor = _executor(model, kind, self._limits, trace_dir)
+        self._workers = [process.pid for process in set(psutil.Process().children()) - others]
+        self._worker = ModelWorker(self._executor, num_slots=batch, num_batches=self._limits.num_batches)
+        self._scheduler = Scheduler(self._limits)
+        params = SamplingParams(temperature=0.0)
+        for i in range(batch):
+            # Ends at `context`, so that all steps are of one bucket.
+            sequence = SequenceState(
+                prompt_token_ids=[0] * (context - num_steps), params=params, seed=i, index=0, max_new_tokens=num_steps
+            )
+            sequence.num_computed = sequence.num_prompt_tokens
+            self._scheduler.add(sequence)
+
+    @contextlib.contextmanager
+    def on_cores(self, cores: str) -> Iterator[None]:
+        """Keeps the workers to a core each if `cores` is "own" and there are any."""
+        if cores == "shared" or not self._workers:
+            yield
+            return
+        everywhere = os.sched_getaffinity(0)
+        first, second = sorted(everywhere)[:2]
+        _pin(os.getpid(), {first})
+        for pid in self._workers:
+            _pin(pid, {second})
+        try:
+            yield
+        finally:
+            for pid in (os.getpid(), *self._workers):
+                _pin(pid, everywhere)
+
+    def run(self, num_steps: int) -> float:
+        """Seconds of so many steps."""
+        start = time.perf_counter()
+        in_flight: deque[list[jax.Array]] = deque()
+        for _ in range(num_steps):
+            in_flight.append(self.dispatch(self.plan()))
+            if len(in_flight) > _STEPS_AHEAD:
+                _read(in_flight.popleft())
+        while in_flight:
+            _read(in_flight.popleft())
+        return time.perf_counter() - start
+
+    def plan(self) -> list[StepPlan]:
+        """The next step of each batch."""
+        return [step.plan for step in self._scheduler.plan()]
+
+    def dispatch(self, plans: list[StepPlan]) -> list[jax.Array]:
+        """The tokens that a step samples, by batch; they are not there yet."""
+        self._worker.prepare(plans[0].bucket, len(plans))
+        return self._worker.run(plans)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._executor.close()
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     rows = []
-    with tempfile.TemporaryDirectory() as directory:
-        _write_model(Path(directory))
-        for batch in map(int, _BATCH.value):
-            for context in map(int, _CONTEXT.value):
-                rows += _measure(directory, batch, context)
-    _print(rows)
+    model = tiny_model()
+    _print_header()
+    for cores, batch, context in itertools.product(_CORES.value, map(int, _BATCH.value), map(int, _CONTEXT.value)):
+        rows += _measure(model, batch, context, cores)
     if _JSON.value:
         Path(_JSON.value).write_text(json.dumps(rows, indent=2) + "\n")
 
 
-def _write_model(directory: Path) -> None:
-    from lamina_jax.models import ModelConfig
-    from lamina_jax.testing import write_tiny_checkpoint
-
+def tiny_model() -> Model:
+    """A model of the size that the flags say, with random weights."""
     heads = _HIDDEN.value // 64
     config = ModelConfig.from_hf_dict(
         {
@@ -69,33 +176,79 @@ def _write_model(directory: Path) -> None:
             "max_position_embeddings": 8192,
         }
     )
-    write_tiny_checkpoint(directory, config, dtype=_DTYPE.value)
+    with tempfile.TemporaryDirectory() as directory:
+        write_tiny_checkpoint(Path(directory), config, dtype=_DTYPE.value)
+        return Model(*model_function(load_model(Path(directory))[1]))
 
 
-def _measure(directory: str, batch: int, context: int) -> list[dict]:
-    from lamina_jax import LLM, SamplingParams
+def _executor(model: Model, kind: Kind, limits: SchedulerLimits, trace_dir: str | None) -> Executor:
+    cache = CacheConfig(page_size=limits.page_size, num_pages=limits.num_pages, kernel="xla")
+    if kind.num_batches is None:
+        return UnsplitExecutor(model, cache)
+    return SplitExecutor(
+        model,
+        cache,
+        AttentionWorkerPool(1),
+        num_batches=kind.num_batches,
+        replicas=[SingleDeviceSharding(jax.devices()[0])],
+        overlap=kind.overlap,
+        max_step_tokens=limits.max_step_tokens,
+        timeout_s=120.0,
+        trace_dir=trace_dir,
+    )
 
-    prompts = [
-        {"prompt_token_ids": row} for row in np.random.default_rng(0).integers(0, 8192, (batch, context)).tolist()
-    ]
-    params = [SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=n) for n in (1, 1 + _TOKENS.value)]
-    options = {"max_model_len": context + 64, "max_num_seqs": batch}
-    seconds: dict[str, list[float]] = {name: [] for name in ENGINES}
+
+def _measure(model: Model, batch: int, context: int, cores: str) -> list[dict]:
+    seconds: dict[str, list[float]] = {kind.name: [] for kind in KINDS}
+    num_steps = (2 + _REPEATS.value) * _TOKENS.value
     with contextlib.ExitStack() as stack:
-        engines = {name: stack.enter_context(LLM(directory, **options, **kind)) for name, kind in ENGINES.items()}
-        for repeat in range(1 + _REPEATS.value):
-            for name, llm in engines.items():
-                short, long = (_time(llm, prompts, p) for p in params)
-                if repeat:  # the first is the warm-up, which compiles
-                    seconds[name].append(long - short)
+        decoders = {}
+        for kind in KINDS:
+            decoders[kind.name] = Decoder(model, kind, batch=batch, context=context, num_steps=num_steps)
+            stack.callback(decoders[kind.name].close)
+        for decoder in decoders.values():
+            decoder.run(_TOKENS.value)  # compiles
+        for _ in range(_REPEATS.value):
+            for name, decoder in decoders.items():
+                with decoder.on_cores(cores):
+                    seconds[name].append(decoder.run(_TOKENS.value))
     base = statistics.median(seconds["unsplit"])
-    return [_row(name, batch, context, times, base) for name, times in seconds.items()]
+    rows = []
+    for kind in KINDS:
+        waits = _waits(model, kind, batch=batch, context=context, cores=cores) if kind.num_batches else {}
+        row = _row(kind.name, batch, context, seconds[kind.name], base)
+        rows.append({"cores": cores} | row | {"waits": waits})
+        _print(rows[-1])
+    return rows
 
 
-def _time(llm, prompts, params) -> float:
-    start = time.perf_counter()
-    llm.generate(prompts, params, use_tqdm=False)
-    return time.perf_counter() - start
+def _waits(model: Model, kind: Kind, *, batch: int, context: int, cores: str) -> dict[str, float]:
+    """By worker, the share of its time in steps that it waits for messages."""
+    with tempfile.TemporaryDirectory() as directory:
+        if _TRACE_DIR.value:
+            place = f"{kind.name.replace(', ', '-').replace(' ', '')}-{batch}x{context}-{cores}"
+            directory = str(Path(_TRACE_DIR.value, place))
+        timeline.start(directory)
+        decoder = Decoder(model, kind, batch=batch, context=context, num_steps=2 * _TOKENS.value, trace_dir=directory)
+        decoder.run(_TOKENS.value)
+        with decoder.on_cores(cores):
+            seconds = decoder.run(_TOKENS.value)
+        decoder.close()
+        spans = timeline.read_spans(timeline.finish(directory))
+    last = max(s.end_ns for each in spans.values() for s in each)
+    window = (last - round(seconds * 1e9), last)
+    return {worker: timeline.share_of_time(each, window).wait for worker, each in spans.items()}
+
+
+def _pin(pid: int, cores: set[int]) -> None:
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(int(thread.name), cores)
+
+
+def _read(tokens: list[jax.Array]) -> None:
+    for each in tokens:
+        np.asarray(each)
 
 
 def _row(name: str, batch: int, context: int, times: list[float], base: float) -> dict:
@@ -111,13 +264,28 @@ def _row(name: str, batch: int, context: int, times: list[float], base: float) -
     }
 
 
-def _print(rows: list[dict]) -> None:
-    print(f"{'engine':26} {'batch':>5} {'context':>7} {'tok/s':>9} {'ms/token':>9} {'spread':>7} {'of unsplit':>10}")
-    for r in rows:
-        print(
-            f"{r['engine']:26} {r['batch']:5} {r['context']:7} {r['tokens_per_s']:9.1f} {r['ms_per_token']:9.2f} "
-            f"{r['spread']:6.0%} {r['of_unsplit']:9.2f}x"
-        )
+def _print_header() -> None:
+    titles = (
+        "cores",
+        "engine",
+        "batch",
+        "context",
+        "tok/s",
+        "ms/token",
+        "spread",
+        "of unsplit",
+        "waits: model, attention",
+    )
+    print("{:6} {:26} {:>5} {:>7} {:>9} {:>9} {:>7} {:>10}  {}".format(*titles))
+
+
+def _print(row: dict) -> None:
+    waits = ", ".join(f"{share:.0%}" for share in row["waits"].values())
+    line = (
+        "{cores:6} {engine:26} {batch:5} {context:7} {tokens_per_s:9.1f} {ms_per_token:9.2f} {spread:7.0%} "
+        "{of_unsplit:9.2f}x  "
+    )
+    print(line.format(**row) + waits, flush=True)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ _ENGINE_FLAGS = (
     "max_num_seqs",
     "max_prefill_tokens",
     "num_batches",
+    "min_batch_seqs",
     "overlap",
     "kv_cache_bytes",
     "timeout_s",
@@ -58,7 +59,16 @@ def define_engine_flags() -> None:
     flags.DEFINE_integer("max_num_seqs", 64, "Most sequences decoded at a time.", lower_bound=1)
     flags.DEFINE_integer("max_prefill_tokens", 512, "Most prompt tokens in a step of a batch.", lower_bound=1)
     flags.DEFINE_integer(
-        "num_batches", 2, "Batches in flight: one's slices run while another's attention does; 1 is off.", lower_bound=1
+        "num_batches",
+        2,
+        "Most batches in flight: one's slices run while another's attention does; 1 is off.",
+        lower_bound=1,
+    )
+    flags.DEFINE_integer(
+        "min_batch_seqs",
+        32,
+        "Sequences that each batch must get before there is another one: every batch reads all weights.",
+        lower_bound=1,
     )
     flags.DEFINE_bool("overlap", True, "Start attention over the cache while k and v are still being computed.")
     flags.DEFINE_integer(

@@ -1,10 +1,15 @@
 """Batches in flight, overlap, replicas and workers change the time a token takes, and never the token."""
 
+import dataclasses
+import functools
+import itertools
+
 import numpy as np
 import pytest
 
 from lamina_jax import LLM, SamplingParams
-from lamina_jax.testing import write_tiny_checkpoint
+from lamina_jax.models import ModelConfig
+from lamina_jax.testing import TINY_CONFIGS, write_tiny_checkpoint
 
 RNG = np.random.default_rng(0)
 PROMPTS = [{"prompt_token_ids": RNG.integers(1, 250, n).tolist()} for n in RNG.integers(1, 90, 28)]
@@ -32,7 +37,14 @@ def test_tokens_do_not_depend_on_batches_overlap_or_workers(
     checkpoint, expected, num_batches, overlap, num_attention_workers
 ):
     options = {"num_batches": num_batches, "overlap": overlap, "num_attention_workers": num_attention_workers}
-    with LLM(checkpoint, **options) as llm:
+    outputs, in_flight = generate_split(checkpoint, PROMPTS, PARAMS, **options)
+    assert in_flight == set(range(num_batches))
+    assert outputs == expected
+
+
+def generate_split(checkpoint, prompts, params, **options):
+    """The outputs of each request, and the numbers of the batches that they ran in."""
+    with LLM(checkpoint, min_batch_seqs=1, **options) as llm:
         in_flight = set()
         run = llm._worker.run_with_logits
 
@@ -41,6 +53,65 @@ def test_tokens_do_not_depend_on_batches_overlap_or_workers(
             return run(plans)
 
         llm._worker.run_with_logits = recorded
-        outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    return [o.outputs for o in outputs], in_flight
+
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
+# The LLaMAs take turns, each where it has KV heads enough.
+LLAMAS = iter(("mqa", "odd", "tied", "llama3_rope", "bias"))
+# Every number of batches with every number of workers, with and without overlap. The architectures go round and round
+# meanwhile; there are five of them, so that each meets every one of the other values (the test below counts), which
+# would take 120 runs to have in every combination.
+SETTINGS = list(itertools.product((1, 2, 3), (True, False), (1, 2, 3, 4)))
+CASES = list(zip(itertools.cycle(ARCHITECTURES), *zip(*SETTINGS, strict=True), strict=False))
+MODELS = [next(LLAMAS) if architecture == "llama" else architecture for architecture, *_ in CASES]
+
+# Enough for three batches; half of them are longer than the windows.
+SHORT_PROMPTS = [{"prompt_token_ids": RNG.integers(1, 250, n).tolist()} for n in RNG.integers(1, 17, 18)]
+SHORT_PARAMS = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+
+
+def four_headed(name: str) -> ModelConfig:
+    """A config with KV heads for four workers and a window of 8 tokens for 24, but for the LLaMAs as they are."""
+    config = TINY_CONFIGS[name]
+    if config.architecture == "LlamaForCausalLM":
+        return config
+    windows = tuple(w and 8 for w in config.windows)
+    return dataclasses.replace(config, num_heads=8, num_kv_heads=4, windows=windows)
+
+
+@pytest.fixture(scope="module")
+def unsplit(tmp_path_factory):
+    """By a model's name, its checkpoint and what it generates in one piece."""
+
+    @functools.cache
+    def run(name: str):
+        directory = tmp_path_factory.mktemp(name)
+        write_tiny_checkpoint(directory, four_headed(name))
+        with LLM(directory, num_attention_workers=0) as llm:
+            return directory, [o.outputs for o in llm.generate(SHORT_PROMPTS, SHORT_PARAMS, use_tqdm=False)]
+
+    return run
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.combinations(range(4), 2)))
+def test_the_cases_below_have_every_pair_of_values(first, second):
+    values = [set(column) for column in zip(*CASES, strict=True)]
+    assert list(map(len, values)) == [5, 3, 2, 4]
+    pairs = {(case[first], case[second]) for case in CASES}
+    assert pairs == set(itertools.product(values[first], values[second]))
+
+
+@pytest.mark.parametrize(
+    ("name", "num_batches", "overlap", "num_attention_workers"),
+    [(name, *case[1:]) for name, case in zip(MODELS, CASES, strict=True)],
+)
+def test_tokens_of_every_architecture_are_those_of_the_unsplit_run(
+    unsplit, name, num_batches, overlap, num_attention_workers
+):
+    directory, expected = unsplit(name)
+    options = {"num_batches": num_batches, "overlap": overlap, "num_attention_workers": num_attention_workers}
+    outputs, in_flight = generate_split(directory, SHORT_PROMPTS, SHORT_PARAMS, **options)
     assert in_flight == set(range(num_batches))
-    assert [o.outputs for o in outputs] == expected
+    assert outputs == expected

@@ -94,6 +94,11 @@ def test_greedy_tokens_equal_transformers(checkpoint, name, num_attention_worker
             np.testing.assert_allclose(logits[63], golden(name)[f"last_logits_{n}"], atol=1e-4, rtol=0)
 
 
+def test_four_workers_equal_transformers(checkpoint):
+    with LLM(checkpoint("mha"), num_attention_workers=4) as llm:
+        assert tokens_of(llm.generate(prompts("mha"), GREEDY, use_tqdm=False)) == expected_tokens("mha")
+
+
 @pytest.mark.parametrize("name", TINY_CONFIGS)
 def test_bfloat16_logits_are_near_float32(checkpoint, name):
     workers = min(2, TINY_CONFIGS[name].num_kv_heads)

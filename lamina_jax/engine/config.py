@@ -25,6 +25,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_prefill_tokens: int = 512
     num_batches: int = 2
+    min_batch_seqs: int = 32
     overlap: bool = True
     kv_cache_bytes: int | None = None
     attention_kernel: str = "xla"
@@ -40,6 +41,7 @@ class EngineConfig:
             ("max_num_seqs", 1),
             ("max_prefill_tokens", 1),
             ("num_batches", 1),
+            ("min_batch_seqs", 1),
             ("kv_cache_bytes", 1),
             ("seed", 0),
         ):

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from lamina_jax.engine.config import EngineConfig, size_cache
+from lamina_jax.engine.interrupts import keeps_ctrl_c
 from lamina_jax.engine.outputs import RequestOutput
 from lamina_jax.engine.progress import Progress
 from lamina_jax.engine.request import Request
@@ -59,7 +60,9 @@ class LLM:
         max_num_seqs: sequences that run at a time.
         max_prefill_tokens: most prompt tokens in a step of a batch, padding included and rounded up to a power of two
             (at least 16, and at least max_num_seqs); longer prompts go in pieces.
-        num_batches: batches in flight at a time, so that one's slices run while another's attention does; 1 is off.
+        num_batches: most batches in flight at a time, so that one's slices run while another's attention does; 1 is
+            off.
+        min_batch_seqs: sequences that each batch must get before there is another one.
         overlap: start attention over the cache while k and v are still being computed.
         kv_cache_bytes: memory for the KV cache over all workers; by default a quarter of what is free at most.
         attention_kernel: name in `lamina_jax.attention.kernels.KERNELS`.
@@ -106,6 +109,7 @@ class LLM:
                 page_size=config.page_size,
                 num_pages=size.num_pages,
                 num_batches=config.num_batches,
+                min_batch_seqs=config.min_batch_seqs,
             )
             executor = _make_executor(config, loaded, pool, devices, self._limits)
             undo.pop_all()
@@ -306,15 +310,24 @@ class _Run:
         self._owners: dict[Any, Request] = {}
 
     def outputs(self, requests: Iterator[Request]) -> Iterator[tuple[int, RequestOutput]]:
-        while True:
-            self._take(requests)
-            steps = self._scheduler.plan()
-            if steps:
-                self._dispatch(steps)
-            if not steps and not self._in_flight:
-                return
-            if not steps or len(self._in_flight) > _STEPS_AHEAD:
-                yield from self._collect()
+        done: list[tuple[int, RequestOutput]] | None = []
+        while done is not None:
+            # While the caller has the outputs, Ctrl-C is the caller's.
+            with keeps_ctrl_c():
+                done = self._advance(requests)
+            yield from done or ()
+
+    def _advance(self, requests: Iterator[Request]) -> list[tuple[int, RequestOutput]] | None:
+        """Dispatches the next steps and reads older ones; returns what is complete now, None when nothing is left."""
+        self._take(requests)
+        steps = self._scheduler.plan()
+        if steps:
+            self._dispatch(steps)
+        if not steps and not self._in_flight:
+            return None
+        if steps and len(self._in_flight) <= _STEPS_AHEAD:
+            return []
+        return list(self._collect())
 
     def drain(self, timeout_s: float) -> bool:
         """Waits until nothing is under way; False if that took too long. Errors are left to whoever asks next."""

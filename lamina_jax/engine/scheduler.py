@@ -20,8 +20,6 @@ from lamina_jax.runtime.plan import StepPlan
 # A matrix times one row is no matrix product: in bf16 on the CPU it takes XLA 11 times as long as with 8 rows.
 _MIN_BATCH = 2
 _MIN_TOKENS = 16
-# Sequences in a batch before another is opened.
-_WORTH_A_BATCH = 8
 _MIN_PAGES = 8
 
 
@@ -78,11 +76,20 @@ class SchedulerLimits:
     page_size: int
     num_pages: int
     num_batches: int
-    """Batches in flight."""
+    """Most batches in flight."""
+    min_batch_seqs: int
+    """Sequences that each batch must get before there is another one: every batch reads all weights."""
 
     @classmethod
     def of(
-        cls, *, max_num_seqs: int, max_prefill_tokens: int, page_size: int, num_pages: int, num_batches: int
+        cls,
+        *,
+        max_num_seqs: int,
+        max_prefill_tokens: int,
+        page_size: int,
+        num_pages: int,
+        num_batches: int,
+        min_batch_seqs: int,
     ) -> "SchedulerLimits":
         largest_batch = bucket_size(max_num_seqs, _MIN_BATCH)
         return cls(
@@ -91,6 +98,7 @@ class SchedulerLimits:
             page_size=page_size,
             num_pages=num_pages,
             num_batches=num_batches,
+            min_batch_seqs=min_batch_seqs,
         )
 
 
@@ -150,20 +158,25 @@ class Scheduler:
         return [self._plan(group, bucket) for group in groups]
 
     def _admit(self) -> None:
+        num_batches = self._batches_worth_having()
         while self._waiting and self._free_slots:
             needed = self._pages_needed(self._waiting[0])
             if needed > len(self._free_pages):
                 return
             sequence = self._waiting.popleft()
-            sequence.batch = self._batch_for_one_more()
+            sequence.batch = self._smallest_batch(num_batches)
             sequence.slot = self._free_slots.pop()
             sequence.pages = [self._free_pages.pop() for _ in range(needed)]
             self._running.append(sequence)
 
-    def _batch_for_one_more(self) -> int:
-        """The smallest batch, but none of its own before the others have a few: each batch reads all weights."""
-        sizes = [sum(s.batch == b for s in self._running) for b in range(self._limits.num_batches)]
-        return min(range(len(sizes)), key=lambda b: max(sizes[b], _WORTH_A_BATCH - 1))
+    def _batches_worth_having(self) -> int:
+        count = min(len(self._running) + len(self._waiting), self._limits.max_num_seqs)
+        return min(max(count // self._limits.min_batch_seqs, 1), self._limits.num_batches)
+
+    def _smallest_batch(self, num_batches: int) -> int:
+        """Of the first so many; sequences stay in the batch that they began in, so that there may be more."""
+        sizes = [sum(s.batch == b for s in self._running) for b in range(num_batches)]
+        return sizes.index(min(sizes))
 
     def _prefill(self) -> list[SequenceState]:
         """As many sequences, in order, as have prompt left and whose batches fit one bucket."""

@@ -136,14 +136,14 @@ def cut(traced: Traced) -> Partition:
     """Cuts a traced model at each attend.
 
     Raises:
-        ValueError: there is no attend; two attends do not depend on one another, so that they cannot follow each
-            other as layers do (names their source lines); or an output is a constant.
+        ValueError: there is no attend (names the function's first line); two attends do not depend on one another, so
+            that they cannot follow each other as layers do (names their source lines); or an output is a constant.
     """
     if any(isinstance(v, Literal) for v in traced.outvars):
         raise ValueError("An output of the model does not depend on its inputs; it cannot be produced by a slice.")
     eqns = _needed(traced.eqns, traced.outvars)
     stages = _stages(eqns)
-    attends = _attend_chain(eqns, stages)
+    attends = _attend_chain(eqns, stages, traced.source)
     weight_index = {v: i for i, v in enumerate(traced.weight_vars)}
     free = frozenset([*traced.weight_vars, *traced.input_vars])
     graph = _Graph(eqns, attends, stages, free, frozenset(variables(traced.outvars)))
@@ -207,10 +207,13 @@ def _stages(eqns: Sequence[JaxprEqn]) -> dict[Var, int]:
     return stages
 
 
-def _attend_chain(eqns: Sequence[JaxprEqn], stages: dict[Var, int]) -> list[JaxprEqn]:
+def _attend_chain(eqns: Sequence[JaxprEqn], stages: dict[Var, int], source: str) -> list[JaxprEqn]:
     attends = [e for e in eqns if e.primitive is attend_p]
     if not attends:
-        raise ValueError("The model never calls lamina_jax.attention.attend, so there is nowhere to cut it.")
+        raise ValueError(
+            f"The model at {source} never calls lamina_jax.attention.attend in what its outputs depend on, so there is "
+            "nowhere to cut it. Call attend once per layer, and use what it returns."
+        )
     for i, eqn in enumerate(attends):
         if stages[eqn.outvars[0]] != i + 1:
             raise ValueError(

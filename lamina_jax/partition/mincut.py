@@ -64,6 +64,7 @@ _REPEATABLE = frozenset(
         "sqrt",
         "square",
         "squeeze",
+        "stack",
         "sub",
         "tanh",
         "transpose",

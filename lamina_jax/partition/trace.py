@@ -1,6 +1,8 @@
 """A function that calls `attend`, as one flat list of equations."""
 
 import dataclasses
+import functools
+import inspect
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +30,17 @@ _INLINED = {
 # What an unrolled scan does to the weights of all layers to get those of one.
 _CUTS = ("slice", "squeeze")
 
-_DATA_DEPENDENT = (jax.errors.ConcretizationTypeError, jax.errors.NonConcreteBooleanIndexError)
+_DATA_DEPENDENT = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.NonConcreteBooleanIndexError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+# For these JAX has no class of error: a traced number in a shape, and in the bounds of a slice.
+_DATA_DEPENDENT_MESSAGES = (
+    "Shapes must be 1D sequences of concrete values",
+    "Array slice indices must have static start/stop/step",
+)
 
 AttendHandler = Callable[..., jax.Array]
 """``handler(layer, q, k, v, scale=..., window=..., soft_cap=...) -> attended``, as `attend` is called; `layer` counts
@@ -50,6 +62,8 @@ class Traced:
     outvars: tuple[Var | Literal, ...]
     consts: tuple[Any, ...]
     """The closed-over arrays."""
+    source: str
+    """``file:line (name)`` where the function is defined, for errors about it as a whole."""
     prepare: tuple[JaxprEqn, ...]
     """What is only cut out of weights, as an unrolled scan does with the weights of each layer: done once, and not
     in every step. Empty for most models."""
@@ -69,27 +83,30 @@ def trace(
     """Traces ``fn(params, *inputs)``.
 
     Args:
-        fn: returns a flat sequence of arrays; calls `attend` at its top level or inside `jit`, `jax.checkpoint` or
-            custom derivative rules.
+        fn: returns a flat sequence of arrays; calls `attend` at its top level or inside `jit`, `jax.checkpoint`,
+            custom derivative rules, or a `scan` (also as a `fori_loop` with fixed bounds), which is unrolled.
         params: pytree of weights (arrays or `jax.ShapeDtypeStruct`).
         inputs: pytrees of arrays or `jax.ShapeDtypeStruct`.
         axes: names and sizes of mesh axes over which the function communicates; what comes of the trace is then to be
             run under `jax.shard_map` over them.
 
     Raises:
-        ValueError: `attend` is called under control flow (scan, while, cond, vmap of one of them ...), where it
-            cannot be cut; names the construct and its source line.
+        ValueError: `attend` is called under control flow that may or may not run it (while, cond, switch), where it
+            cannot be cut, and names the construct and its source line; or a shape or a branch depends on data, and
+            names the line.
     """
     leaves, tree = jax.tree.flatten((params, inputs))
     try:
         closed = jax.make_jaxpr(lambda *flat: _apply(fn, tree, flat), axis_env=list(axes))(*leaves)
-    except _DATA_DEPENDENT as error:
+    except Exception as error:
+        if not _depends_on_data(error):
+            raise
         raise ValueError(
             f"The model cannot be traced: at {_users_line(error)} a shape or a branch depends on data, which is known "
             f"only when a step runs. Use fixed shapes and jnp.where. ({str(error).splitlines()[0]})"
         ) from error
     flat = jax.make_jaxpr(lambda *args: evaluate(closed.jaxpr, closed.consts, args), axis_env=list(axes))(*leaves)
-    return _hoist(flat.jaxpr, tuple(flat.consts), len(jax.tree.leaves(params)))
+    return _hoist(flat.jaxpr, tuple(flat.consts), len(jax.tree.leaves(params)), source=_definition(fn))
 
 
 def _apply(fn: Callable, tree, leaves: Sequence[Any]) -> Sequence[jax.Array]:
@@ -171,7 +188,7 @@ def unsplit(traced: Traced, weights: Sequence[Any], inputs: Sequence[Any], atten
     return [read(env, v) for v in traced.outvars]
 
 
-def _hoist(jaxpr: Jaxpr, consts: tuple[Any, ...], num_params: int) -> Traced:
+def _hoist(jaxpr: Jaxpr, consts: tuple[Any, ...], num_params: int, *, source: str) -> Traced:
     """Takes what is only cut out of weights out of the equations, see `Traced.prepare`."""
     weights = [*jaxpr.invars[:num_params], *jaxpr.constvars]
     cut_out, prepare, rest = set(weights), [], []
@@ -188,8 +205,24 @@ def _hoist(jaxpr: Jaxpr, consts: tuple[Any, ...], num_params: int) -> Traced:
         input_vars=tuple(jaxpr.invars[num_params:]),
         outvars=tuple(jaxpr.outvars),
         consts=consts,
+        source=source,
         prepare=tuple(prepare),
     )
+
+
+def _depends_on_data(error: Exception) -> bool:
+    """Whether JAX refuses to trace because a Python value was asked of an array."""
+    return isinstance(error, _DATA_DEPENDENT) or str(error).startswith(_DATA_DEPENDENT_MESSAGES)
+
+
+def _definition(fn: Callable[..., Any]) -> str:
+    """``file:line (name)`` of a function, seen through wrappers and partial applications; of an object, its class's
+    `__call__`."""
+    inner = inspect.unwrap(fn)
+    while isinstance(inner, functools.partial):
+        inner = inspect.unwrap(inner.func)
+    code = getattr(inner, "__code__", None) or getattr(inspect.unwrap(type(inner).__call__), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno} ({code.co_qualname})" if code else repr(fn)
 
 
 def _users_line(error: Exception) -> str:

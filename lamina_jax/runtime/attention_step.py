@@ -47,8 +47,10 @@ class AttentionStep:
             done = []
             for stamp, batch_tables in zip(own, tables, strict=True):
                 if done:
-                    # Batches take turns: no recv may hold a thread that an earlier batch needs.
-                    _, (stamp,) = fence(done[-1], [stamp])
+                    # Batches take turns: no recv may hold a thread that an earlier batch needs, and no reading of
+                    # pages keep an earlier batch's answer waiting.
+                    leaves, tree = jax.tree.flatten((stamp, batch_tables))
+                    stamp, batch_tables = jax.tree.unflatten(tree, fence(done[-1], leaves)[1])
                 cache, stamp = self._layer(cache, stamp, *xs, tables=batch_tables, tokens=tokens)
                 done.append(stamp)
             return (cache, done), None

@@ -12,7 +12,8 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 def limits(**changes) -> SchedulerLimits:
-    sizes = {"max_num_seqs": 4, "max_prefill_tokens": 32, "page_size": 4, "num_pages": 64, "num_batches": 1}
+    sizes = {"max_num_seqs": 4, "max_prefill_tokens": 32, "page_size": 4, "num_pages": 64}
+    sizes |= {"num_batches": 1, "min_batch_seqs": 1}
     return SchedulerLimits.of(**sizes | changes)
 
 
@@ -93,9 +94,13 @@ def test_sequence_that_can_never_fit_is_refused_with_both_numbers():
         Scheduler(limits(num_pages=3)).add(sequence(prompt=10, new=4))
 
 
-@pytest.mark.parametrize(("count", "sizes"), [(1, [1]), (8, [8]), (9, [8, 1]), (20, [10, 10]), (31, [16, 15])])
+@pytest.mark.parametrize(
+    ("count", "sizes"),
+    [(1, [1]), (8, [8]), (15, [15]), (16, [8, 8]), (21, [11, 10]), (24, [8, 8, 8]), (40, [14, 13, 13])],
+)
 def test_batches_are_even_once_they_are_worth_it(count, sizes):
-    scheduler = Scheduler(limits(max_num_seqs=64, max_prefill_tokens=1024, num_batches=2, num_pages=256))
+    many = {"max_num_seqs": 64, "max_prefill_tokens": 1024, "num_pages": 256}
+    scheduler = Scheduler(limits(**many, num_batches=3, min_batch_seqs=8))
     for _ in range(count):
         scheduler.add(sequence(prompt=3, new=4))
     steps = scheduler.plan()
@@ -120,12 +125,16 @@ def test_finished_while_waiting():
     page_size=st.integers(1, 8),
     late=st.integers(0, 3),
     num_batches=st.integers(1, 3),
+    min_batch_seqs=st.integers(1, 3),
 )
 @settings(max_examples=80, deadline=None)
-def test_every_token_is_computed_once_on_pages_of_its_own(lengths, max_num_seqs, page_size, late, num_batches):
+def test_every_token_is_computed_once_on_pages_of_its_own(
+    lengths, max_num_seqs, page_size, late, num_batches, min_batch_seqs
+):
     """Plays the steps on a model of the cache: what each sequence attends to must be its own tokens, in order."""
     pages = {"page_size": page_size, "num_pages": -(-70 // page_size) + 4}
-    scheduler = Scheduler(limits(max_num_seqs=max_num_seqs, num_batches=num_batches, **pages))
+    batches = {"num_batches": num_batches, "min_batch_seqs": min_batch_seqs}
+    scheduler = Scheduler(limits(max_num_seqs=max_num_seqs, **batches, **pages))
     sequences = [sequence(prompt, new) for prompt, new, _ in lengths]
     ends_early = {s: end for s, (_, _, end) in zip(sequences, lengths, strict=True)}
     for s in sequences:

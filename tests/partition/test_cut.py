@@ -1,70 +1,15 @@
 """The converter on plain functions: what it cuts, what it shares, what it refuses."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from slices import DIM, HEADS, HIDDEN, check, layer, model, weights
 
-from lamina_jax.attention.attend import attend, causal_attention
+from lamina_jax.attention.attend import causal_attention
 from lamina_jax.partition import Ports, cut, trace, unsplit
-
-HIDDEN, HEADS, DIM = 16, 2, 8
-
-
-def weights(num_layers, seed=0):
-    rng = np.random.default_rng(seed)
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape) * 0.2, jnp.float32)  # noqa: E731
-    return [{name: draw(HIDDEN, HIDDEN) for name in "qkvo"} for _ in range(num_layers)]
-
-
-def layer(w, x):
-    q, k, v = ((x @ w[name]).reshape(*x.shape[:2], HEADS, DIM) for name in "qkv")
-    return x + jax.nn.silu(attend(q, k, v, scale=0.3).reshape(x.shape) @ w["o"])
-
-
-def model(params, x):
-    for w in params:
-        x = layer(w, x)
-    return (x,)
-
-
-def run_slices(parts, leaves, inputs):
-    """Runs the slices one by one with plain causal attention between them, and notes the order of events."""
-    values, sent, events = dict(enumerate(inputs)), [], []
-
-    def recv():
-        events.append("recv")
-        return causal_attention(*[sent.pop(0) for _ in range(3)], scale=0.3)
-
-    def send_q(q):
-        events.append("q")
-        sent.append(q)
-
-    def send_kv(k, v):
-        events.append("kv")
-        sent.extend((k, v))
-
-    for step in parts.slices:
-        program = parts.programs[step.program]
-        reads = [values[i] for i in step.reads]
-        writes = program.run([leaves[i] for i in step.weights], reads, Ports(recv, send_q, send_kv))
-        values.update(zip(step.writes, writes, strict=True))
-        for i in step.drops:
-            del values[i]
-    return [values[i] for i in parts.outputs], values, events
-
-
-def check(fn, params, *inputs):
-    """Cuts `fn`, runs the slices, and compares with `fn` itself. Returns the partition."""
-    traced = trace(fn, params, *inputs)
-    parts = cut(traced)
-    leaves = traced.weights(jax.tree.leaves(params))
-    outputs, left, events = run_slices(parts, leaves, jax.tree.leaves(inputs))
-    for got, expected in zip(outputs, fn(params, *inputs), strict=True):
-        np.testing.assert_allclose(got, expected, atol=1e-5)
-    assert set(left) == set(parts.outputs)
-    assert events == ["q", "kv", "recv"] * len(parts.sites)
-    return parts
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 5])
@@ -217,9 +162,31 @@ def test_unsplit_runs_the_model_with_another_attention():
     assert seen == [(0, 0.3), (1, 0.3), (2, 0.3)]
 
 
-def test_no_attend_is_an_error():
-    with pytest.raises(ValueError, match="never calls"):
-        cut(trace(lambda params, x: (x @ params,), jnp.ones((2, 2)), jnp.ones((3, 2))))
+def without_attend(params, x):
+    return (x @ params[0]["q"],)
+
+
+def with_an_unused_attend(params, x):
+    layer(params[0], x)
+    return (x,)
+
+
+class Callable:
+    def __call__(self, params, x):
+        return without_attend(params, x)
+
+
+@pytest.mark.parametrize("fn", [without_attend, with_an_unused_attend])
+@pytest.mark.parametrize("wrapped", [lambda fn: fn, jax.jit, functools.partial], ids=["plain", "jit", "partial"])
+def test_no_attend_is_an_error_that_names_the_model(fn, wrapped):
+    line = fn.__code__.co_firstlineno
+    with pytest.raises(ValueError, match=rf"test_cut\.py:{line} \({fn.__name__}\) never calls"):
+        cut(trace(wrapped(fn), weights(1), jnp.ones((2, 3, HIDDEN))))
+
+
+def test_no_attend_in_an_object_is_an_error_that_names_its_class():
+    with pytest.raises(ValueError, match=r"test_cut\.py:\d+ \(Callable\.__call__\) never calls"):
+        cut(trace(Callable(), weights(1), jnp.ones((2, 3, HIDDEN))))
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -244,36 +211,92 @@ def branch(params, x):
     return (jax.lax.cond(x[0, 0, 0] > 0, layer, lambda w, x: x, params[0], x),)
 
 
+def switch(params, x):
+    return (jax.lax.switch(jnp.int32(x[0, 0, 0]), [lambda x: x, lambda x: layer(params[0], x)], x),)
+
+
 def loop(params, x):
     return (jax.lax.while_loop(lambda x: x[0, 0, 0] < 9, lambda x: layer(params[0], x), x),)
 
 
-@pytest.mark.parametrize(("fn", "construct"), [(branch, "cond"), (loop, "while")])
+def loop_as_often_as_data_says(params, x):
+    return (jax.lax.fori_loop(0, jnp.int32(x[0, 0, 0]), lambda _, x: layer(params[0], x), x),)
+
+
+def branch_in_a_call(params, x):
+    inner = jax.jit(jax.checkpoint(lambda x: jax.lax.cond(x[0, 0, 0] > 0, lambda x: layer(params[0], x), jnp.abs, x)))
+    return (inner(x),)
+
+
+@pytest.mark.parametrize(
+    ("fn", "construct"),
+    [
+        (branch, "cond"),
+        (switch, "cond"),
+        (loop, "while"),
+        (loop_as_often_as_data_says, "while"),
+        (branch_in_a_call, "cond"),
+    ],
+)
 def test_attend_that_may_not_run_is_an_error_that_names_the_line(fn, construct):
-    with pytest.raises(ValueError, match=rf"inside '{construct}' at .*test_cut\.py:\d+"):
-        trace(fn, weights(1), jnp.ones((2, 3, HIDDEN)))
-
-
-def shaped_by_data(params, x):
-    return model(params, x[x > 0])
-
-
-def branching_on_data(params, x):
-    return model(params, x) if x[0, 0, 0] > 0 else (x,)
-
-
-@pytest.mark.parametrize("fn", [shaped_by_data, branching_on_data])
-def test_data_dependence_is_an_error_that_names_the_line(fn):
     line = fn.__code__.co_firstlineno + 1
-    with pytest.raises(ValueError, match=rf"test_cut\.py:{line} a shape or a branch depends on data"):
+    with pytest.raises(ValueError, match=rf"inside '{construct}' at .*test_cut\.py:{line}\b"):
         trace(fn, weights(1), jnp.ones((2, 3, HIDDEN)))
+
+
+def test_branch_in_a_scan_over_layers_is_an_error_that_names_the_line():
+    def body(x, w):
+        return jax.lax.cond(x[0, 0, 0] > 0, layer, lambda w, x: x, w, x), None
+
+    stacked = jax.tree.map(lambda *w: jnp.stack(w), *weights(2))
+    line = body.__code__.co_firstlineno + 1
+    with pytest.raises(ValueError, match=rf"inside 'cond' at .*test_cut\.py:{line}\b"):
+        trace(lambda params, x: jax.lax.scan(body, x, params)[:1], stacked, jnp.ones((2, 3, HIDDEN)))
+
+
+# Each does on its first line what cannot be traced.
+DATA_DEPENDENT = {
+    "boolean index": lambda params, x, n: model(params, x[x > 0]),
+    "branch": lambda params, x, n: model(params, x) if n > 0 else (x,),
+    "nonzero": lambda params, x, n: model(params, x + jnp.nonzero(x)[0].sum()),
+    "length of a slice": lambda params, x, n: model(params, x[:, :n]),
+    "length of a range": lambda params, x, n: model(params, x + jnp.arange(n).sum()),
+    "shape": lambda params, x, n: model(params, x + jnp.zeros((n,)).sum()),
+    "reshape": lambda params, x, n: model(params, x.reshape(n, -1, HIDDEN)),
+    "number of layers": lambda params, x, n: model([params[i] for i in range(n)], x),
+    "choice of a layer": lambda params, x, n: model([params[n]], x),
+    "integer": lambda params, x, n: model(params, x * int(n)),
+    "NumPy array": lambda params, x, n: model(params, x * np.asarray(n)),
+}
+
+
+@pytest.mark.parametrize("kind", DATA_DEPENDENT)
+def test_data_dependence_is_an_error_that_names_the_line(kind):
+    fn = DATA_DEPENDENT[kind]
+    line = fn.__code__.co_firstlineno
+    with pytest.raises(ValueError, match=rf"test_cut\.py:{line} a shape or a branch depends on data"):
+        trace(fn, weights(1), jnp.ones((2, 3, HIDDEN)), jnp.int32(1))
+
+
+@pytest.mark.parametrize(
+    ("fn", "error"),
+    [
+        (lambda params, x: model(params, x @ x), TypeError),
+        (lambda params, x: model([params[7]], x), IndexError),
+        (lambda params, x: model(params, x[:, :, :, :3]), IndexError),
+    ],
+)
+def test_other_mistakes_of_a_model_are_shown_as_they_are(fn, error):
+    with pytest.raises(error) as caught:
+        trace(fn, weights(1), jnp.ones((2, 3, HIDDEN)))
+    assert "depends on data" not in str(caught.value)
 
 
 def test_attends_side_by_side_are_an_error_that_names_both():
     def parallel(params, x):
         return (layer(params[0], x) + layer(params[1], x),)
 
-    with pytest.raises(ValueError, match=r"(?s)must follow one another.*test_cut\.py.*test_cut\.py"):
+    with pytest.raises(ValueError, match=r"(?s)must follow one another.*slices\.py:\d+.*slices\.py:\d+"):
         cut(trace(parallel, weights(2), jnp.ones((2, 3, HIDDEN))))
 
 
