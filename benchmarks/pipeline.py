@@ -191,6 +191,7 @@ def _executor(model: Model, kind: Kind, limits: SchedulerLimits, trace_dir: str 
         AttentionWorkerPool(1),
         num_batches=kind.num_batches,
         replicas=[SingleDeviceSharding(jax.devices()[0])],
+        channel_kind="shm",
         overlap=kind.overlap,
         max_step_tokens=limits.max_step_tokens,
         timeout_s=120.0,

@@ -16,7 +16,7 @@ namespace {
 namespace ffi = xla::ffi;
 
 using Stamp = ffi::BufferR1<ffi::S32>;  // [step, layer, batch]
-using ChannelIds = ffi::Span<const std::int64_t>;  // by batch
+using ChannelIds = ffi::Span<const std::int64_t>;  // by device, then by batch
 
 ffi::Error ToError(Status status) {
   switch (status.code) {
@@ -34,17 +34,24 @@ ffi::Error ToError(Status status) {
   return ffi::Error::Internal(std::move(status.text));
 }
 
-// The channel of the message's batch. Numbers are not used twice: one that is not there was closed.
-ffi::Error Choose(ChannelIds channels, Role role, const Message& message, std::shared_ptr<ShmChannel>* channel) {
-  if (message.batch < 0 || static_cast<std::size_t>(message.batch) >= channels.size()) {
-    return ffi::Error(ffi::ErrorCode::kOutOfRange, OperationName(role, message) + " failed: the program has " +
-                                                       std::to_string(channels.size()) +
-                                                       " channel(s), one per batch from 0");
+// The channel of the message's batch among those that this device uses. A program may run on several devices; it then
+// names the channels of all of them. Numbers are not used twice: one that is not there was closed.
+ffi::Error Choose(ChannelIds channels, std::int32_t device, Role role, const Message& message,
+                  std::shared_ptr<ShmChannel>* channel, std::int64_t* id) {
+  std::int32_t batches = 0;
+  for (const std::int64_t candidate : channels) {
+    Registered found = FindChannel(candidate);
+    if (found.device != kAnyDevice && found.device != device) continue;
+    if (batches++ != message.batch) continue;
+    *channel = std::move(found.channel);
+    *id = candidate;
+    if (*channel != nullptr) return ffi::Error::Success();
+    return ffi::Error(ffi::ErrorCode::kAborted,
+                      OperationName(role, message) + " failed: this side has closed the channel");
   }
-  *channel = FindChannel(channels.begin()[message.batch]);
-  if (*channel != nullptr) return ffi::Error::Success();
-  return ffi::Error(ffi::ErrorCode::kAborted,
-                    OperationName(role, message) + " failed: this side has closed the channel");
+  return ffi::Error(ffi::ErrorCode::kOutOfRange, OperationName(role, message) + " failed: the program has " +
+                                                     std::to_string(batches) + " channel(s) for device " +
+                                                     std::to_string(device) + ", one per batch from 0");
 }
 
 ffi::AnyBuffer At(const ffi::RemainingArgs& tensors, std::size_t i) { return *tensors.get<ffi::AnyBuffer>(i); }
@@ -76,12 +83,13 @@ void CopyStamp(const Stamp& from, ffi::Result<Stamp>& to) {
   std::memcpy(to->typed_data(), from.typed_data(), from.size_bytes());
 }
 
-ffi::Error Send(ChannelIds channels, std::int32_t tag, Stamp stamp, ffi::RemainingArgs tensors,
+ffi::Error Send(std::int32_t device, ChannelIds channels, std::int32_t tag, Stamp stamp, ffi::RemainingArgs tensors,
                 ffi::Result<Stamp> stamp_out) {
   CallTimer timer;
   const Message message = Describe(tag, stamp, tensors);
   std::shared_ptr<ShmChannel> channel;
-  if (ffi::Error error = Choose(channels, Role::kWriter, message, &channel); error.failure()) return error;
+  std::int64_t id = 0;
+  if (ffi::Error error = Choose(channels, device, Role::kWriter, message, &channel, &id); error.failure()) return error;
   char* payload = nullptr;
   if (Status status = channel->Reserve(message, &payload); !status.ok()) return ToError(std::move(status));
   timer.Ready();
@@ -91,17 +99,18 @@ ffi::Error Send(ChannelIds channels, std::int32_t tag, Stamp stamp, ffi::Remaini
     payload += AlignToLine(tensor.size_bytes());
   }
   channel->Publish();
-  timer.End(Role::kWriter, channels.begin()[message.batch], message);
+  timer.End(Role::kWriter, id, message);
   CopyStamp(stamp, stamp_out);
   return ffi::Error::Success();
 }
 
-ffi::Error Recv(ChannelIds channels, std::int32_t tag, Stamp stamp, ffi::Result<Stamp> stamp_out,
+ffi::Error Recv(std::int32_t device, ChannelIds channels, std::int32_t tag, Stamp stamp, ffi::Result<Stamp> stamp_out,
                 ffi::RemainingRets tensors) {
   CallTimer timer;
   const Message expected = Describe(tag, stamp, tensors);
   std::shared_ptr<ShmChannel> channel;
-  if (ffi::Error error = Choose(channels, Role::kReader, expected, &channel); error.failure()) return error;
+  std::int64_t id = 0;
+  if (ffi::Error error = Choose(channels, device, Role::kReader, expected, &channel, &id); error.failure()) return error;
   const char* payload = nullptr;
   if (Status status = channel->Peek(expected, &payload); !status.ok()) return ToError(std::move(status));
   timer.Ready();
@@ -111,7 +120,7 @@ ffi::Error Recv(ChannelIds channels, std::int32_t tag, Stamp stamp, ffi::Result<
     payload += AlignToLine(tensor.size_bytes());
   }
   channel->Release();
-  timer.End(Role::kReader, channels.begin()[expected.batch], expected);
+  timer.End(Role::kReader, id, expected);
   CopyStamp(stamp, stamp_out);
   return ffi::Error::Success();
 }
@@ -121,6 +130,7 @@ ffi::Error Recv(ChannelIds channels, std::int32_t tag, Stamp stamp, ffi::Result<
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LaminaSend, lamina::Send,
                               xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::DeviceOrdinal>()
                                   .Attr<lamina::ChannelIds>("channels")
                                   .Attr<std::int32_t>("tag")
                                   .Arg<lamina::Stamp>()
@@ -129,6 +139,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(LaminaSend, lamina::Send,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LaminaRecv, lamina::Recv,
                               xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::DeviceOrdinal>()
                                   .Attr<lamina::ChannelIds>("channels")
                                   .Attr<std::int32_t>("tag")
                                   .Arg<lamina::Stamp>()

@@ -22,7 +22,8 @@ namespace {
 // What Python holds of a channel: the registry entry, which close() gives up.
 class Handle {
  public:
-  explicit Handle(std::shared_ptr<ShmChannel> channel) : channel_(std::move(channel)), id_(RegisterChannel(channel_)) {}
+  Handle(std::shared_ptr<ShmChannel> channel, std::int32_t device)
+      : channel_(std::move(channel)), id_(RegisterChannel({channel_, device})) {}
   ~Handle() { Close(); }
   Handle(const Handle&) = delete;
   Handle& operator=(const Handle&) = delete;
@@ -68,15 +69,16 @@ EndOptions Options(bool writer, std::string peer, double timeout_s, double spin_
 }
 
 std::unique_ptr<Handle> Create(bool writer, std::string peer, std::uint32_t num_slots, std::uint64_t slot_bytes,
-                               double timeout_s, double spin_us) {
+                               double timeout_s, double spin_us, std::int32_t device) {
   return std::make_unique<Handle>(
-      ShmChannel::Create(Options(writer, std::move(peer), timeout_s, spin_us), num_slots, slot_bytes));
+      ShmChannel::Create(Options(writer, std::move(peer), timeout_s, spin_us), num_slots, slot_bytes), device);
 }
 
 std::unique_ptr<Handle> Attach(bool writer, std::string peer, const std::string& path, std::uint32_t num_slots,
                                std::uint64_t slot_bytes, double timeout_s, double spin_us) {
   return std::make_unique<Handle>(
-      ShmChannel::Attach(Options(writer, std::move(peer), timeout_s, spin_us), path, num_slots, slot_bytes));
+      ShmChannel::Attach(Options(writer, std::move(peer), timeout_s, spin_us), path, num_slots, slot_bytes),
+      kAnyDevice);
 }
 
 std::string Path(const Handle& handle) {
@@ -127,7 +129,7 @@ NB_MODULE(_custom_calls, module) {
 
   nb::class_<Handle>(module, "ShmHandle")
       .def_static("create", &Create, nb::arg("writer"), nb::arg("peer"), nb::arg("num_slots"), nb::arg("slot_bytes"),
-                  nb::arg("timeout_s"), nb::arg("spin_us"), no_gil)
+                  nb::arg("timeout_s"), nb::arg("spin_us"), nb::arg("device"), no_gil)
       .def_static("attach", &Attach, nb::arg("writer"), nb::arg("peer"), nb::arg("path"), nb::arg("num_slots"),
                   nb::arg("slot_bytes"), nb::arg("timeout_s"), nb::arg("spin_us"), no_gil)
       .def("abort", &Handle::Abort, no_gil)
@@ -138,6 +140,7 @@ NB_MODULE(_custom_calls, module) {
       .def_prop_ro("closed", &Closed)
       .def_prop_ro("failure", &Handle::failure);
 
+  module.attr("ANY_DEVICE") = kAnyDevice;
   module.def("name_tag", &NameTag, nb::arg("tag"), nb::arg("name"));
   module.def("start_timeline", &StartTimeline, nb::arg("capacity"), no_gil);
   module.def("drain_timeline", &Drain);

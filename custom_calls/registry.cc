@@ -9,7 +9,7 @@ namespace {
 struct Registry {
   std::mutex mutex;
   std::int64_t next_id = 1;
-  std::unordered_map<std::int64_t, std::shared_ptr<ShmChannel>> channels;
+  std::unordered_map<std::int64_t, Registered> channels;
 };
 
 // Never destroyed: a program may still run in another thread while the process exits.
@@ -20,15 +20,15 @@ Registry& TheRegistry() {
 
 }  // namespace
 
-std::int64_t RegisterChannel(std::shared_ptr<ShmChannel> channel) {
+std::int64_t RegisterChannel(Registered entry) {
   Registry& registry = TheRegistry();
   const std::lock_guard<std::mutex> lock(registry.mutex);
-  registry.channels.emplace(registry.next_id, std::move(channel));
+  registry.channels.emplace(registry.next_id, std::move(entry));
   return registry.next_id++;
 }
 
 void UnregisterChannel(std::int64_t id) {
-  std::shared_ptr<ShmChannel> last;  // unmapped after the lock is released
+  Registered last;  // unmapped after the lock is released
   Registry& registry = TheRegistry();
   const std::lock_guard<std::mutex> lock(registry.mutex);
   const auto found = registry.channels.find(id);
@@ -37,11 +37,11 @@ void UnregisterChannel(std::int64_t id) {
   registry.channels.erase(found);
 }
 
-std::shared_ptr<ShmChannel> FindChannel(std::int64_t id) {
+Registered FindChannel(std::int64_t id) {
   Registry& registry = TheRegistry();
   const std::lock_guard<std::mutex> lock(registry.mutex);
   const auto found = registry.channels.find(id);
-  return found == registry.channels.end() ? nullptr : found->second;
+  return found == registry.channels.end() ? Registered{} : found->second;
 }
 
 }  // namespace lamina

@@ -8,9 +8,17 @@
 
 namespace lamina {
 
-std::int64_t RegisterChannel(std::shared_ptr<ShmChannel> channel);
+// Programs of any device may use the channel.
+inline constexpr std::int32_t kAnyDevice = -1;
+
+struct Registered {
+  std::shared_ptr<ShmChannel> channel;  // null if there is no such channel (any more)
+  std::int32_t device = kAnyDevice;     // ordinal of the one device whose programs use it
+};
+
+std::int64_t RegisterChannel(Registered entry);
 void UnregisterChannel(std::int64_t id);
-// Null if there is no such channel (any more). A caller keeps the channel mapped for as long as it holds the pointer.
-std::shared_ptr<ShmChannel> FindChannel(std::int64_t id);
+// A caller keeps the channel mapped for as long as it holds the pointer.
+Registered FindChannel(std::int64_t id);
 
 }  // namespace lamina

@@ -10,7 +10,7 @@ from absl import app, flags
 
 from lamina_jax.runtime.errors import WorkerError
 
-# The only platform so far; JAX would look for others, and say so.
+# JAX would look for others, and say so. `run` changes it for --model_platform=cuda.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # The flags below then count as the calling script's own, which is what makes --help show them.
@@ -20,6 +20,11 @@ FLAGS = flags.FLAGS
 _SAMPLING_FLAGS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "stop")
 _ENGINE_FLAGS = (
     "num_attention_workers",
+    "model_platform",
+    "attention_platform",
+    "tensor_parallel_size",
+    "model_memory_fraction",
+    "attention_memory_fraction",
     "dtype",
     "max_model_len",
     "page_size",
@@ -48,6 +53,23 @@ def define_engine_flags() -> None:
         "Processes that hold the KV cache and compute attention; 0 runs the model whole in this process.",
         lower_bound=0,
     )
+    flags.DEFINE_enum("model_platform", "cpu", ["cpu", "cuda"], "Where everything but attention runs.")
+    flags.DEFINE_enum("attention_platform", "cpu", ["cpu", "cuda"], "Where attention runs.")
+    flags.DEFINE_integer(
+        "tensor_parallel_size",
+        1,
+        "Devices that share the model; num_attention_workers is a multiple of it.",
+        lower_bound=1,
+    )
+    for whose in ("model", "attention"):
+        flags.DEFINE_float(
+            f"{whose}_memory_fraction",
+            None,
+            f"Of a GPU's memory, what {'the model' if whose == 'model' else 'each attention worker'} may take; if not "
+            "given, 0.9 of it, divided by the workers that share the GPU.",
+            lower_bound=0.0,
+            upper_bound=1.0,
+        )
     flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16", "float16"], "auto takes the checkpoint's own.")
     flags.DEFINE_integer(
         "max_model_len",
@@ -127,6 +149,7 @@ def run(main: Callable[[], None]) -> None:
         try:
             if len(arguments) > 1:
                 raise UserError(f"unexpected argument {arguments[1]!r}; see --help")
+            _choose_platforms()
             main()
         except UserError as error:
             _fail(error)
@@ -138,6 +161,14 @@ def run(main: Callable[[], None]) -> None:
         app.run(guarded, flags_parser=_parse)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _choose_platforms() -> None:
+    if "model_platform" in FLAGS and FLAGS["model_platform"].value == "cuda":
+        # Imported late: it reads the variable above as it is imported.
+        import jax
+
+        jax.config.update("jax_platforms", "cuda,cpu")
 
 
 def _parse(arguments: Sequence[str]) -> list[str]:

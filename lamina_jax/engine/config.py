@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lamina_jax.attention.kernels import get_kernel
 from lamina_jax.models import ModelConfig
+from lamina_jax.runtime.places import check_platforms
 
 _CACHE_SHARE_OF_MEMORY = 0.25
 
@@ -19,6 +20,11 @@ class EngineConfig:
     """
 
     num_attention_workers: int = 1
+    model_platform: str = "cpu"
+    attention_platform: str = "cpu"
+    tensor_parallel_size: int = 1
+    model_memory_fraction: float | None = None
+    attention_memory_fraction: float | None = None
     dtype: str = "auto"
     max_model_len: int | None = None
     page_size: int = 16
@@ -36,6 +42,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name, least in (
             ("num_attention_workers", 0),
+            ("tensor_parallel_size", 1),
             ("max_model_len", 2),
             ("page_size", 1),
             ("max_num_seqs", 1),
@@ -50,7 +57,27 @@ class EngineConfig:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
         if not isinstance(self.timeout_s, int | float) or not self.timeout_s > 0:
             raise ValueError(f"timeout_s must be a positive number of seconds, got {self.timeout_s!r}.")
+        for name in ("model_memory_fraction", "attention_memory_fraction"):
+            fraction = getattr(self, name)
+            if fraction is not None and not 0 < fraction <= 1:
+                raise ValueError(f"{name} must be above 0 and at most 1, got {fraction!r}.")
+        check_platforms(self.model_platform, self.attention_platform)
+        self._check_division()
         get_kernel(self.attention_kernel)
+
+    def _check_division(self) -> None:
+        if self.tensor_parallel_size == 1:
+            return
+        if self.num_attention_workers % self.tensor_parallel_size or not self.num_attention_workers:
+            raise ValueError(
+                f"num_attention_workers must be a multiple of tensor_parallel_size ({self.tensor_parallel_size}), as "
+                f"each device of the model sends its own heads; got {self.num_attention_workers}."
+            )
+        if self.num_batches > 2:
+            raise ValueError(
+                f"num_batches is {self.num_batches}, which takes {self.num_batches - 1} replicas of the model; a model "
+                "divided over devices has one: use num_batches=2, or tensor_parallel_size=1."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

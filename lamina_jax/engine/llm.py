@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Sharding
 
 from lamina_jax.engine.config import EngineConfig, size_cache
 from lamina_jax.engine.interrupts import keeps_ctrl_c
@@ -24,12 +24,15 @@ from lamina_jax.engine.request import Request
 from lamina_jax.engine.sampling_params import SamplingParams
 from lamina_jax.engine.scheduler import PlannedStep, Scheduler, SchedulerLimits
 from lamina_jax.engine.tokenizer import Tokenizer
-from lamina_jax.models import GenerationDefaults, ModelConfig, load_generation_config, load_model
+from lamina_jax.models import GenerationDefaults, ModelConfig, load_generation_config
+from lamina_jax.models.parallel import local_config
 from lamina_jax.runtime import timeline
 from lamina_jax.runtime.errors import WorkerError
 from lamina_jax.runtime.executor import CacheConfig, Executor, UnsplitExecutor
+from lamina_jax.runtime.loading import load
 from lamina_jax.runtime.model import Model
-from lamina_jax.runtime.model_worker import ModelWorker, model_function
+from lamina_jax.runtime.model_worker import ModelWorker
+from lamina_jax.runtime.places import channel_kind, model_places
 from lamina_jax.runtime.plan import StepPlan
 from lamina_jax.runtime.pool import AttentionWorkerPool
 from lamina_jax.runtime.schedule import num_replicas
@@ -60,6 +63,12 @@ class LLM:
         max_num_seqs: sequences that run at a time.
         max_prefill_tokens: most prompt tokens in a step of a batch, padding included and rounded up to a power of two
             (at least 16, and at least max_num_seqs); longer prompts go in pieces.
+        model_platform, attention_platform: "cpu" or "cuda", where the model's slices run and where attention does. A
+            model on "cuda" needs the environment variable JAX_PLATFORMS=cuda,cpu, or none.
+        tensor_parallel_size: devices that share the model; each sends its own heads to its own attention workers, so
+            num_attention_workers is a multiple of it.
+        model_memory_fraction, attention_memory_fraction: of a GPU's memory, what the model and what each attention
+            worker may take; None is 0.9 of it, divided by the workers that share the GPU.
         num_batches: most batches in flight at a time, so that one's slices run while another's attention does; 1 is
             off.
         min_batch_seqs: sequences that each batch must get before there is another one.
@@ -79,12 +88,18 @@ class LLM:
 
     def __init__(self, model: str | os.PathLike[str], **settings: Any) -> None:
         self._config = config = _engine_config(settings)
-        devices = _model_devices(num_replicas(config.num_batches) if config.num_attention_workers else 1)
+        places = model_places(
+            config.model_platform,
+            num_replicas=num_replicas(config.num_batches) if config.num_attention_workers else 1,
+            tensor_parallel_size=config.tensor_parallel_size,
+        )
         directory = Path(model)
         self._model_config = ModelConfig.from_file(directory / "config.json")
         self._generation_defaults: GenerationDefaults = load_generation_config(directory)
         if config.num_attention_workers:
-            split_heads(self._model_config.num_heads, self._model_config.num_kv_heads, config.num_attention_workers)
+            local = local_config(self._model_config, config.tensor_parallel_size)
+            workers = config.num_attention_workers // config.tensor_parallel_size
+            split_heads(local.num_heads, local.num_kv_heads, workers)
         self._tokenizer = Tokenizer.from_directory(directory) if (directory / "tokenizer.json").exists() else None
         self._dispatcher = ThreadPoolExecutor(1, thread_name_prefix="lamina dispatcher")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="lamina reader")
@@ -99,7 +114,7 @@ class LLM:
             if config.num_attention_workers:
                 pool = AttentionWorkerPool(config.num_attention_workers)
                 undo.callback(pool.close)
-            loaded = Model(*model_function(load_model(directory, dtype=config.dtype)[1]))
+            loaded = load(directory, dtype=config.dtype, place=places[0])
             size = size_cache(config, self._model_config, loaded.sites[0].kv.dtype.itemsize)
             self.max_model_len = size.max_model_len
             """Most tokens of a sequence, prompt and completion together."""
@@ -111,7 +126,7 @@ class LLM:
                 num_batches=config.num_batches,
                 min_batch_seqs=config.min_batch_seqs,
             )
-            executor = _make_executor(config, loaded, pool, devices, self._limits)
+            executor = _make_executor(config, loaded, pool, places, self._limits)
             undo.pop_all()
         self._worker = ModelWorker(executor, num_slots=config.max_num_seqs, num_batches=config.num_batches)
         # Ends the workers also when nobody calls close().
@@ -399,7 +414,7 @@ def _make_executor(
     config: EngineConfig,
     model: Model,
     pool: AttentionWorkerPool | None,
-    devices: Sequence[SingleDeviceSharding],
+    places: Sequence[Sharding],
     limits: SchedulerLimits,
 ) -> Executor:
     cache = CacheConfig(page_size=limits.page_size, num_pages=limits.num_pages, kernel=config.attention_kernel)
@@ -410,36 +425,13 @@ def _make_executor(
         cache,
         pool,
         num_batches=config.num_batches,
-        replicas=devices,
+        replicas=places,
+        channel_kind=channel_kind(config.model_platform, config.attention_platform),
         overlap=config.overlap,
         trace_dir=config.trace_dir,
         max_step_tokens=limits.max_step_tokens,
         timeout_s=config.timeout_s,
     )
-
-
-def _model_devices(count: int) -> list[SingleDeviceSharding]:
-    """Devices for so many replicas of the model.
-
-    Raises:
-        ValueError: JAX runs on something else than the CPU, or has fewer devices and cannot be given more.
-    """
-    if count > 1:
-        # Only heard before JAX has made its devices; the check below tells.
-        with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", count)
-    if jax.default_backend() != "cpu":
-        raise ValueError(
-            f"lamina_jax runs on the CPU, but JAX's default platform is {jax.default_backend()!r}; "
-            "set the environment variable JAX_PLATFORMS=cpu."
-        )
-    devices = jax.devices()
-    if len(devices) < count:
-        raise ValueError(
-            f"num_batches={count + 1} needs {count} CPU devices for as many replicas of the model, but JAX has "
-            f"{len(devices)} already; set the environment variable JAX_NUM_CPU_DEVICES={count}."
-        )
-    return [SingleDeviceSharding(device) for device in devices[:count]]
 
 
 def _checked_ids(token_ids: Any) -> list[int]:

@@ -95,6 +95,7 @@ class AttentionWorker:
         while self._in_flight and self._in_flight[0].is_ready():
             self._in_flight.popleft().block_until_ready()
 
+
 def main(argv: list[str]) -> None:
     del argv
     # The engine ends its workers itself; a Ctrl-C in its terminal must not end them first.

@@ -56,9 +56,9 @@ class ModelWorker:
         return sampled
 
 
-def model_function(model: nnx.Module):
+def model_function(module: nnx.Module):
     """A model as a pure function and its weights: ``f(params, *inputs) -> (logits,)`` and ``params``."""
-    graph, state = nnx.split(model)
+    graph, state = nnx.split(module)
 
     def apply(params, tokens, positions, logit_index):
         return (nnx.merge(graph, params)(tokens, positions, logit_index),)

@@ -1,6 +1,5 @@
 """The model cut at its attends: slices run here, attention in workers, channels join them."""
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -9,12 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from lamina_jax import partition
 from lamina_jax.runtime.executor import CacheConfig, Executor
 from lamina_jax.runtime.messages import AttentionWorkerConfig, Bucket, Configure, RunStep
 from lamina_jax.runtime.model import Model
+from lamina_jax.runtime.places import compiler_options
 from lamina_jax.runtime.plan import StepPlan
 from lamina_jax.runtime.pool import AttentionWorkerPool
 from lamina_jax.runtime.schedule import Turn, turns
@@ -29,20 +29,20 @@ class _SlicedModel:
     def __init__(
         self,
         parts: partition.Partition,
-        compile_slice: Callable[[int, partition.SliceProgram, SlicePlan], jax.stages.Compiled],
+        compile_slice: Callable[[int, int, SlicePlan], jax.stages.Compiled],
         weights: Sequence[Sequence[jax.Array]],
     ) -> None:
         """Args:
-        compile_slice: compiles a plan for a replica.
+        compile_slice: compiles for a replica the plan of a slice.
         weights: for each replica the values of `Traced.weight_vars`.
         """
         self.num_slices = len(parts.slices)
         self._parts = parts
         self._moves = len(weights) > 1
         plans = [plan_slice(parts, k, moves=self._moves) for k in range(self.num_slices)]
+        first = {plan: k for k, plan in reversed(list(enumerate(plans)))}
         compiled = [
-            {plan: compile_slice(replica, parts.programs[plan.program], plan) for plan in dict.fromkeys(plans)}
-            for replica in range(len(weights))
+            {plan: compile_slice(replica, k, plan) for plan, k in first.items()} for replica in range(len(weights))
         ]
         self._programs = [[own[plan] for plan in plans] for own in compiled]
         self._weights = [[tuple(own[i] for i in s.weights) for s in parts.slices] for own in weights]
@@ -75,7 +75,8 @@ class SplitExecutor(Executor):
         pool: AttentionWorkerPool,
         *,
         num_batches: int,
-        replicas: Sequence[SingleDeviceSharding],
+        replicas: Sequence[Sharding],
+        channel_kind: str,
         overlap: bool,
         max_step_tokens: int,
         timeout_s: float,
@@ -83,14 +84,16 @@ class SplitExecutor(Executor):
     ) -> None:
         """Args:
             num_batches: most batches in flight at a time.
-            replicas: devices for the model, `schedule.num_replicas(num_batches)` of them; each gets all weights.
+            replicas: where each replica of the model lies, `schedule.num_replicas(num_batches)` of them: a device, or
+                the mesh that the model is divided over.
+            channel_kind: of the channels to the attention workers, one of `transport.channel_kinds()`.
             overlap: send q before k and v are computed, so that attention over the cache starts meanwhile.
             max_step_tokens: largest batch x tokens of any bucket; sizes the channels.
             timeout_s: longest wait for one message, in seconds.
             trace_dir: where the workers write their timelines when they end (`runtime.timeline`); None for none.
 
         Raises:
-            ValueError: there are more workers than KV heads.
+            ValueError: there are more workers than KV heads, or not as many for each device of the model.
             WorkerError: a worker did not start.
         """
         self._model = model
@@ -105,19 +108,20 @@ class SplitExecutor(Executor):
         self._num_slices_done = 0
         self._prepared: set[tuple[Bucket, int]] = set()
         self._sliced: dict[tuple[int, int], _SlicedModel] = {}
-        site = model.sites[0]
-        self._shares = split_heads(site.q.shape[2], site.kv.shape[2], len(pool.names()))
-        # By worker, then by batch: batches never wait for one another's messages.
+        # The shares of one device's heads; every device has as many workers.
+        self._shares = _shares(model, len(pool.names()))
+        # By worker, then by batch: batches never wait for one another's messages. The first workers are those of the
+        # first device.
         self._down: list[list[Channel]] = []
         self._up: list[list[Channel]] = []
-        for name, share in zip(pool.names(), self._shares, strict=True):
-            self._open_channels(name, share, max_step_tokens, timeout_s)
+        for i, name in enumerate(pool.names()):
+            self._open_channels(channel_class(channel_kind), i, name, max_step_tokens, timeout_s)
         # By replica, then by batch: from a replica to the next one.
         self._context_out: list[list[Channel]] = []
         self._context_in: list[list[Channel]] = []
         if len(replicas) > 1:
             self._open_context_channels(max_step_tokens, timeout_s)
-        pool.configure([self._configuration(config, i) for i in range(len(self._shares))])
+        pool.configure([self._configuration(config, i) for i in range(len(pool.names()))])
 
     def prepare(self, bucket: Bucket, num_batches: int) -> None:
         if (bucket, num_batches) in self._prepared:
@@ -125,12 +129,20 @@ class SplitExecutor(Executor):
         self._pool.prepare(bucket, num_batches)
         shape = (bucket.batch, bucket.tokens)
         if shape not in self._sliced:
-            traced = self._model.traced(*shape)
-            self._sliced[shape] = _SlicedModel(
-                partition.cut(traced), functools.partial(self._compile, shape), self._weights_of(traced)
-            )
+            self._sliced[shape] = self._slice(shape)
         self._pool.wait_done()
         self._prepared.add((bucket, num_batches))
+
+    def _slice(self, shape: tuple[int, int]) -> _SlicedModel:
+        traced = self._model.traced(*shape)
+        parts = partition.cut(traced)
+        specs = self._model.weight_specs(traced) if self._model.division else []
+
+        def compile_slice(replica: int, k: int, plan: SlicePlan) -> jax.stages.Compiled:
+            own = [specs[i] for i in parts.slices[k].weights] if specs else []
+            return self._compile(shape, replica, parts.programs[plan.program], plan, own)
+
+        return _SlicedModel(parts, compile_slice, self._weights_of(traced))
 
     def forward(self, plans, tokens):
         # First the workers, then the slices: a slice may run, and wait for its answer, as it is dispatched.
@@ -182,25 +194,41 @@ class SplitExecutor(Executor):
     def _channels(self) -> Iterator[Channel]:
         return itertools.chain(*self._up, *self._down, *self._context_out, *self._context_in)
 
-    def _open_channels(self, name: str, share: Heads, max_step_tokens: int, timeout_s: float) -> None:
-        site = self._model.sites[0]
+    def _open_channels(
+        self, kind: type[Channel], worker: int, name: str, max_step_tokens: int, timeout_s: float
+    ) -> None:
+        site, share = self._model.sites[0], self._share_of(worker)
         shape = lambda heads: (1, max_step_tokens, heads, site.kv.shape[3])  # noqa: E731
         q = jax.ShapeDtypeStruct(shape(share.num_q), site.q.dtype)
         kv = jax.ShapeDtypeStruct(shape(share.num_kv), site.kv.dtype)
-        options = {"peer": name, "timeout_s": timeout_s}
+        options = {"peer": name, "timeout_s": timeout_s, "device": self._device_of(worker)}
         requests = [MessageSpec(tag=Tag.Q, tensors=(q,)), MessageSpec(tag=Tag.KV, tensors=(kv, kv))]
         answers = [MessageSpec(tag=Tag.ATTENDED, tensors=(q,))]
-        shm = channel_class("shm")
         batches = range(self._num_batches)
-        self._down.append([shm.create(role="writer", messages=requests, **options) for _ in batches])
-        self._up.append([shm.create(role="reader", messages=answers, **options) for _ in batches])
+        self._down.append([kind.create(role="writer", messages=requests, **options) for _ in batches])
+        self._up.append([kind.create(role="reader", messages=answers, **options) for _ in batches])
+
+    def _share_of(self, worker: int) -> Heads:
+        """A worker's heads among those of its device."""
+        return self._shares[worker % len(self._shares)]
+
+    def _device_of(self, worker: int) -> int | None:
+        """The device that a worker answers; None if replicas on several devices send to it in turn."""
+        if len(self._replicas) > 1:
+            return None
+        (replica,) = self._replicas
+        if self._model.division is None:
+            (device,) = replica.device_set
+        else:
+            device = self._model.division.mesh.devices.flat[worker // len(self._shares)]
+        return device.local_hardware_id
 
     def _ports(self, replica: int) -> SlicePorts:
         site, moves = self._model.sites[0], len(self._replicas) > 1
         return SlicePorts(
             shares=self._shares,
-            down=self._down,
-            up=self._up,
+            down=self._of_all_devices(self._down),
+            up=self._of_all_devices(self._up),
             head_dim=site.kv.shape[3],
             dtype=site.kv.dtype,
             overlap=self._overlap,
@@ -208,8 +236,13 @@ class SplitExecutor(Executor):
             context_out=self._context_out[replica] if moves else (),
         )
 
+    def _of_all_devices(self, ends: Sequence[Sequence[Channel]]) -> list[list[Channel]]:
+        """By worker of a device the channels of all devices, each device's by batch: all run one program."""
+        count = len(self._shares)
+        return [list(itertools.chain(*ends[first::count])) for first in range(count)]
+
     def _configuration(self, config: CacheConfig, worker: int) -> Configure:
-        site, share = self._model.sites[0], self._shares[worker]
+        site, share = self._model.sites[0], self._share_of(worker)
         return Configure(
             config=AttentionWorkerConfig(
                 name=self._pool.names()[worker],
@@ -251,18 +284,60 @@ class SplitExecutor(Executor):
         """For each replica the weights on its device."""
         if not self._weights:
             weights = self._model.weights(traced)
-            self._weights = [jax.device_put(weights, replica) for replica in self._replicas]
+            self._weights = [self._placed(weights, traced, replica) for replica in self._replicas]
         return self._weights
 
+    def _placed(self, weights: list[jax.Array], traced: partition.Traced, replica: Sharding) -> list[jax.Array]:
+        division = self._model.division
+        if division is None:
+            return jax.device_put(weights, replica)
+        return jax.device_put(weights, [NamedSharding(division.mesh, s) for s in self._model.weight_specs(traced)])
+
     def _compile(
-        self, shape: tuple[int, int], replica: int, program: partition.SliceProgram, plan: SlicePlan
+        self,
+        shape: tuple[int, int],
+        replica: int,
+        program: partition.SliceProgram,
+        plan: SlicePlan,
+        specs: Sequence[PartitionSpec],
     ) -> jax.stages.Compiled:
-        place = self._replicas[replica]
+        """Args:
+        specs: how each of the program's weights lies along the axis of the model's division; not read without one.
+        """
+        place, division = self._replicas[replica], self._model.division
         on_device = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)  # noqa: E731
-        weights = tuple(on_device(partition.shape_of(v)) for v in program.weights)
+        run = self._ports(replica).function(program, plan, *shape)
+        weights = [on_device(partition.shape_of(v)) for v in program.weights]
+        if division is not None:
+            whole = PartitionSpec()
+            run = jax.shard_map(
+                run,
+                mesh=division.mesh,
+                in_specs=(tuple(specs), whole, whole),
+                out_specs=(whole, whole),
+                check_vma=False,  # what is whole is so by the model's own sums over the axis
+            )
+            weights = [_whole(w, NamedSharding(division.mesh, spec)) for w, spec in zip(weights, specs, strict=True)]
         stamp = jax.ShapeDtypeStruct((3,), jnp.int32, sharding=place)
-        run = jax.jit(self._ports(replica).function(program, plan, *shape))
-        return run.lower(weights, tuple(map(on_device, plan.given)), stamp).compile()
+        lowered = jax.jit(run).lower(tuple(weights), tuple(map(on_device, plan.given)), stamp)
+        return lowered.compile(compiler_options=compiler_options(place))
+
+
+def _shares(model: Model, num_workers: int) -> list[Heads]:
+    if num_workers % model.num_devices:
+        raise ValueError(
+            f"expected as many attention workers for each of the {model.num_devices} devices that share the model, got "
+            f"{num_workers} workers; make num_attention_workers a multiple of tensor_parallel_size."
+        )
+    site = model.sites[0]
+    return split_heads(site.q.shape[2], site.kv.shape[2], num_workers // model.num_devices)
+
+
+def _whole(local: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    """The array of which every device has a part of this shape."""
+    divided = [axis is not None for axis in sharding.spec]
+    shape = tuple(n * sharding.mesh.size if i < len(divided) and divided[i] else n for i, n in enumerate(local.shape))
+    return jax.ShapeDtypeStruct(shape, local.dtype, sharding=sharding)
 
 
 def _nbytes(value: jax.ShapeDtypeStruct) -> int:

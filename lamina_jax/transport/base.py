@@ -112,7 +112,11 @@ class Channel(abc.ABC):
     - `abort` and `close` may be called from any thread, also while an operation is waiting.
     """
 
-    def __init__(self, *, role: Role, peer: str, num_slots: int, slot_bytes: int):
+    def __init__(self, *, role: Role, peer: str, num_slots: int, slot_bytes: int, device: int | None = None):
+        """Args:
+        device: ordinal of the one JAX device whose programs use this end; None for any.
+        """
+        self.device = device
         self.role: Role = role
         self.peer = peer
         self.num_slots = num_slots

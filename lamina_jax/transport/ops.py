@@ -5,7 +5,8 @@ takes the stamp that the one before it returned, so a program keeps its sends an
 were written, across scans and jit boundaries too.
 
 The stamp also says which batch a message belongs to, and each batch has channels of its own: a program is compiled once
-for all batches, and every run takes the channels of the batch in its stamp.
+for all batches, and every run takes the channels of the batch in its stamp. A program that several devices run, under
+`jax.shard_map`, names the channels of all of them, and each device takes its own.
 """
 
 from collections.abc import Sequence
@@ -39,7 +40,8 @@ def send(channels: Sequence[Channel], stamp: Stamp, tensors: Sequence[Array], *,
     """Sends tensors as one message; waits while the ring is full.
 
     Args:
-        channels: The writing ends, by batch, all of one kind and to one peer.
+        channels: The writing ends, by batch, all of one kind and to one peer; where several devices run the program,
+            those of each device (`Channel.device`).
         stamp: [step, layer, batch], as the operation before returned it.
         tensors: What to send: bfloat16, float16, float32 or int32, of any shapes.
         tag: What the message carries.
@@ -64,7 +66,8 @@ def recv(
     """Receives one message; waits until it is there. The message must have exactly this stamp, tag and tensors.
 
     Args:
-        channels: The reading ends, by batch, all of one kind and from one peer.
+        channels: The reading ends, by batch, all of one kind and from one peer; where several devices run the program,
+            those of each device (`Channel.device`).
         stamp: [step, layer, batch] of the message awaited, as the operation before returned it.
         specs: Shapes and dtypes of the tensors awaited.
         tag: What the message must carry.
@@ -113,9 +116,11 @@ def _check(
     for channel in channels:
         _check_channel(channel, role, MessageSpec(tag=tag, tensors=tuple(specs)))
     ends = {(channel.peer, channel.targets[_OPERATIONS[role]]) for channel in channels}
-    if len(ends) > 1:
+    if len(ends) > len({channel.device for channel in channels}):
         peers = ", ".join(f"{peer} ({target})" for peer, target in sorted(ends))
-        raise ValueError(f"expected the channels of all batches to be of one kind and to have one peer, got {peers}")
+        raise ValueError(
+            f"expected the channels of all batches of a device to be of one kind and to have one peer, got {peers}"
+        )
 
 
 def _check_channel(channel: Channel, role: Role, message: MessageSpec) -> None:

@@ -24,8 +24,18 @@ class ShmChannel(Channel):
     Make one with `create` in one process, send its `address` to the other, and `attach` there as the same user.
     """
 
-    def __init__(self, handle: _custom_calls.ShmHandle, address: ChannelAddress, *, role: Role, peer: str):
-        super().__init__(role=role, peer=peer, num_slots=address.num_slots, slot_bytes=address.slot_bytes)
+    def __init__(
+        self,
+        handle: _custom_calls.ShmHandle,
+        address: ChannelAddress,
+        *,
+        role: Role,
+        peer: str,
+        device: int | None = None,
+    ):
+        super().__init__(
+            role=role, peer=peer, num_slots=address.num_slots, slot_bytes=address.slot_bytes, device=device
+        )
         self._handle = handle
         self._address = address
 
@@ -40,6 +50,7 @@ class ShmChannel(Channel):
         slot_bytes: int | None = None,
         timeout_s: float = 60.0,
         spin_us: float = DEFAULT_SPIN_US,
+        device: int | None = None,
     ) -> "ShmChannel":
         """Makes the ring and reserves its memory; see `Channel.create`.
 
@@ -51,6 +62,7 @@ class ShmChannel(Channel):
             slot_bytes: Bytes of tensors per slot; None takes the largest of `messages`.
             timeout_s: Seconds that one send or recv waits at most.
             spin_us: Microseconds that a wait polls before it sleeps.
+            device: `jax.Device.local_hardware_id` of the one CPU device whose programs use this end; None for any.
         """
         room = largest_message(messages) if slot_bytes is None else slot_bytes
         if num_slots < 1 or room < 1:
@@ -66,11 +78,12 @@ class ShmChannel(Channel):
             slot_bytes=room,
             timeout_s=timeout_s,
             spin_us=spin_us,
+            device=_custom_calls.ANY_DEVICE if device is None else device,
         )
         address = ChannelAddress(
             kind="shm", location=handle.path, num_slots=num_slots, slot_bytes=room, creator_role=role
         )
-        return cls(handle, address, role=role, peer=peer)
+        return cls(handle, address, role=role, peer=peer, device=device)
 
     @classmethod
     def attach(

@@ -1,0 +1,110 @@
+"""Where the model lies, which channels lead from there to the attention workers, and what devices each process sees."""
+
+import contextlib
+import os
+from collections.abc import Mapping
+from typing import Any, Final, Literal, get_args
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from lamina_jax.runtime.gpu_options import GPU_COMPILER_OPTIONS
+
+Platform = Literal["cpu", "cuda"]
+
+MODEL_AXIS: Final = "model"
+"""The axis of a mesh of devices that share one model."""
+
+_CHANNEL_KINDS: Final[Mapping[tuple[Platform, Platform], str]] = {
+    ("cpu", "cpu"): "shm",
+    ("cuda", "cpu"): "cuda_host",
+    ("cuda", "cuda"): "cuda_ipc",
+}
+# Of a GPU's memory, what its workers take together: the rest is the driver's, XLA's own and the loaded programs'.
+_GPU_MEMORY_SHARE: Final = 0.9
+
+
+def check_platforms(model_platform: str, attention_platform: str) -> None:
+    """Raises ValueError if there is no such platform, or no channel from the one to the other."""
+    for name, value in (("model_platform", model_platform), ("attention_platform", attention_platform)):
+        if value not in get_args(Platform):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(Platform))}, got {value!r}.")
+    if (model_platform, attention_platform) not in _CHANNEL_KINDS:
+        known = "; ".join(f"{m} with attention on {a}" for m, a in _CHANNEL_KINDS)
+        raise ValueError(
+            f"there is no channel from a model on {model_platform} to attention on {attention_platform}; "
+            f"there are: {known}."
+        )
+
+
+def channel_kind(model_platform: Platform, attention_platform: Platform) -> str:
+    """The kind of channel that joins the two, for platforms that `check_platforms` lets pass."""
+    return _CHANNEL_KINDS[model_platform, attention_platform]
+
+
+def model_places(platform: Platform, *, num_replicas: int, tensor_parallel_size: int) -> list[Sharding]:
+    """Where each replica of the model lies: a device, or a mesh of `tensor_parallel_size` of them along MODEL_AXIS.
+
+    Raises:
+        ValueError: JAX was made for another platform, or has fewer devices and cannot be given more.
+    """
+    count = num_replicas * tensor_parallel_size
+    if count > 1 and platform == "cpu":
+        # Only heard before JAX has made its devices; the check below tells.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", count)
+    if jax.default_backend() != _backend(platform):
+        raise ValueError(
+            f"the model is to run on {platform}, but JAX's default platform is {jax.default_backend()!r}; set the "
+            f"environment variable JAX_PLATFORMS={'cpu' if platform == 'cpu' else 'cuda,cpu'} before JAX starts."
+        )
+    devices = jax.devices()
+    if len(devices) < count:
+        advice = f"set the environment variable JAX_NUM_CPU_DEVICES={count}" if platform == "cpu" else "use fewer"
+        raise ValueError(
+            f"{num_replicas} replicas of the model over {tensor_parallel_size} devices each need {count} {platform} "
+            f"devices, but JAX has {len(devices)}; {advice}."
+        )
+    if tensor_parallel_size == 1:
+        return [SingleDeviceSharding(device) for device in devices[:num_replicas]]
+    meshes = np.array(devices[:count]).reshape(num_replicas, tensor_parallel_size)
+    return [NamedSharding(Mesh(each, (MODEL_AXIS,)), PartitionSpec()) for each in meshes]
+
+
+def compiler_options(place: Sharding) -> dict[str, Any] | None:
+    """For `jax.stages.Lowered.compile` of programs that run there."""
+    device = next(iter(place.device_set))
+    return dict(GPU_COMPILER_OPTIONS) if device.platform == _backend("cuda") else None
+
+
+def attention_environment(
+    platform: Platform, index: int, *, num_model_gpus: int, num_gpus: int, memory_fraction: float | None
+) -> dict[str, str]:
+    """The environment variables of attention worker `index`: one GPU, and how much of its memory.
+
+    Workers take the GPUs behind those of the model, in turn; where the model has them all, they share its GPUs.
+
+    Args:
+        num_gpus: how many there are.
+        memory_fraction: of the GPU's memory; None shares out what the workers there take together.
+    """
+    if platform == "cpu":
+        return {"JAX_PLATFORMS": "cpu"}
+    gpu = attention_gpu(index, num_model_gpus=num_model_gpus, num_gpus=num_gpus)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(num_gpus)]
+    environment = {"JAX_PLATFORMS": "cuda,cpu", "CUDA_VISIBLE_DEVICES": names[gpu]}
+    if memory_fraction is not None:
+        environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{memory_fraction:.4f}"
+    return environment
+
+
+def attention_gpu(index: int, *, num_model_gpus: int, num_gpus: int) -> int:
+    """The GPU of attention worker `index`, counted among those that this process sees."""
+    free = num_gpus - num_model_gpus
+    return num_model_gpus + index % free if free > 0 else index % num_gpus
+
+
+def _backend(platform: Platform) -> str:
+    return "gpu" if platform == "cuda" else platform
