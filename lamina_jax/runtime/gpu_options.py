@@ -16,3 +16,8 @@ GPU_COMPILER_OPTIONS: Final[dict[str, Any]] = {
     ),
 }
 """For ``compiler_options`` of ``jax.stages.Lowered.compile``."""
+
+
+def compiler_options(platform: str) -> dict[str, Any] | None:
+    """The options for programs of a device of this `jax.Device.platform`, None where XLA's defaults do."""
+    return GPU_COMPILER_OPTIONS if platform == "gpu" else None

@@ -13,6 +13,7 @@ from jax.sharding import SingleDeviceSharding
 
 from lamina_jax import partition
 from lamina_jax.runtime.executor import CacheConfig, Executor
+from lamina_jax.runtime.gpu_options import compiler_options
 from lamina_jax.runtime.messages import AttentionWorkerConfig, Bucket, Configure, RunStep
 from lamina_jax.runtime.model import Model
 from lamina_jax.runtime.plan import StepPlan
@@ -262,7 +263,9 @@ class SplitExecutor(Executor):
         weights = tuple(on_device(partition.shape_of(v)) for v in program.weights)
         stamp = jax.ShapeDtypeStruct((3,), jnp.int32, sharding=place)
         run = jax.jit(self._ports(replica).function(program, plan, *shape))
-        return run.lower(weights, tuple(map(on_device, plan.given)), stamp).compile()
+        lowered = run.lower(weights, tuple(map(on_device, plan.given)), stamp)
+        (device,) = place.device_set
+        return lowered.compile(compiler_options=compiler_options(device.platform))
 
 
 def _nbytes(value: jax.ShapeDtypeStruct) -> int:
