@@ -13,6 +13,10 @@ _ids = itertools.count(1)
 class AotChannel(Channel):
     """A channel to compile with; anything that needs a peer raises RuntimeError."""
 
+    def __init__(self, *, role: Role, peer: str, num_slots: int, slot_bytes: int):
+        super().__init__(role=role, peer=peer, num_slots=num_slots, slot_bytes=slot_bytes)
+        self._id = next(_ids)
+
     @classmethod
     def create(
         cls,
@@ -25,9 +29,7 @@ class AotChannel(Channel):
         timeout_s: float = 60.0,
     ) -> "AotChannel":
         del timeout_s
-        channel = cls(role=role, peer=peer, num_slots=num_slots, slot_bytes=slot_bytes or largest_message(messages))
-        channel._id = next(_ids)
-        return channel
+        return cls(role=role, peer=peer, num_slots=num_slots, slot_bytes=slot_bytes or largest_message(messages))
 
     @classmethod
     def attach(cls, address: ChannelAddress, *, role: Role, peer: str, timeout_s: float = 60.0) -> NoReturn:

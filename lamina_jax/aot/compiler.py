@@ -103,6 +103,8 @@ def compile_for_gpu(function: Callable, arguments: Sequence[Any], **jit_options:
         compiled = lowered.compile(compiler_options={**_OPTIONS, "xla_dump_to": directory})
         dumped = Path(directory)
         hlo, stats = compiled.as_text(), compiled.memory_analysis()
+        if hlo is None or stats is None:
+            raise RuntimeError("expected the compiler to give the scheduled program and its memory, got none")
         return Compiled(
             hlo=hlo,
             thunks=_thunks(dumped),

@@ -24,6 +24,7 @@ from lamina_jax.attention.kernels import get_kernel
 from lamina_jax.runtime import timeline
 from lamina_jax.runtime.attention_step import AttentionStep
 from lamina_jax.runtime.control import ControlClient
+from lamina_jax.runtime.gpu_options import compiler_options
 from lamina_jax.runtime.messages import (
     AttentionWorkerConfig,
     Bucket,
@@ -74,7 +75,9 @@ class AttentionWorker:
         batches = jax.ShapeDtypeStruct((num_batches,), jnp.int32)
         step = jax.jit(self._step.run, static_argnames="tokens", donate_argnames="cache")
         lowered = step.lower(self._cache, self._stamps, batches, tables, tokens=bucket.tokens)
-        self._compiled[bucket, num_batches] = lowered.compile()
+        self._compiled[bucket, num_batches] = lowered.compile(
+            compiler_options=compiler_options(jax.devices()[0].platform)
+        )
 
     def dispatch(self, message: RunStep) -> None:
         """Puts one step of some batches on the device; returns before it has run."""

@@ -3,13 +3,11 @@
 import contextlib
 import os
 from collections.abc import Mapping
-from typing import Any, Final, Literal, get_args
+from typing import Final, Literal, get_args
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
-
-from lamina_jax.runtime.gpu_options import GPU_COMPILER_OPTIONS
 
 Platform = Literal["cpu", "cuda"]
 
@@ -70,12 +68,6 @@ def model_places(platform: Platform, *, num_replicas: int, tensor_parallel_size:
         return [SingleDeviceSharding(device) for device in devices[:num_replicas]]
     meshes = np.array(devices[:count]).reshape(num_replicas, tensor_parallel_size)
     return [NamedSharding(Mesh(each, (MODEL_AXIS,)), PartitionSpec()) for each in meshes]
-
-
-def compiler_options(place: Sharding) -> dict[str, Any] | None:
-    """For `jax.stages.Lowered.compile` of programs that run there."""
-    device = next(iter(place.device_set))
-    return dict(GPU_COMPILER_OPTIONS) if device.platform == _backend("cuda") else None
 
 
 def attention_environment(

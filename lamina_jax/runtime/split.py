@@ -12,9 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from lamina_jax import partition
 from lamina_jax.runtime.executor import CacheConfig, Executor
+from lamina_jax.runtime.gpu_options import compiler_options
 from lamina_jax.runtime.messages import AttentionWorkerConfig, Bucket, Configure, RunStep
 from lamina_jax.runtime.model import Model
-from lamina_jax.runtime.places import compiler_options
 from lamina_jax.runtime.plan import StepPlan
 from lamina_jax.runtime.pool import AttentionWorkerPool
 from lamina_jax.runtime.schedule import Turn, turns
@@ -320,24 +320,7 @@ class SplitExecutor(Executor):
             weights = [_whole(w, NamedSharding(division.mesh, spec)) for w, spec in zip(weights, specs, strict=True)]
         stamp = jax.ShapeDtypeStruct((3,), jnp.int32, sharding=place)
         lowered = jax.jit(run).lower(tuple(weights), tuple(map(on_device, plan.given)), stamp)
-        return lowered.compile(compiler_options=compiler_options(place))
-
-
-def _shares(model: Model, num_workers: int) -> list[Heads]:
-    if num_workers % model.num_devices:
-        raise ValueError(
-            f"expected as many attention workers for each of the {model.num_devices} devices that share the model, got "
-            f"{num_workers} workers; make num_attention_workers a multiple of tensor_parallel_size."
-        )
-    site = model.sites[0]
-    return split_heads(site.q.shape[2], site.kv.shape[2], num_workers // model.num_devices)
-
-
-def _whole(local: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    """The array of which every device has a part of this shape."""
-    divided = [axis is not None for axis in sharding.spec]
-    shape = tuple(n * sharding.mesh.size if i < len(divided) and divided[i] else n for i, n in enumerate(local.shape))
-    return jax.ShapeDtypeStruct(shape, local.dtype, sharding=sharding)
+        return lowered.compile(compiler_options=compiler_options(next(iter(place.device_set)).platform))
 
 
 def _nbytes(value: jax.ShapeDtypeStruct) -> int:
