@@ -323,6 +323,23 @@ class SplitExecutor(Executor):
         return lowered.compile(compiler_options=compiler_options(next(iter(place.device_set)).platform))
 
 
+def _shares(model: Model, num_workers: int) -> list[Heads]:
+    if num_workers % model.num_devices:
+        raise ValueError(
+            f"expected as many attention workers for each of the {model.num_devices} devices that share the model, got "
+            f"{num_workers} workers; make num_attention_workers a multiple of tensor_parallel_size."
+        )
+    site = model.sites[0]
+    return split_heads(site.q.shape[2], site.kv.shape[2], num_workers // model.num_devices)
+
+
+def _whole(local: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    """The array of which every device has a part of this shape."""
+    divided = [axis is not None for axis in sharding.spec]
+    shape = tuple(n * sharding.mesh.size if i < len(divided) and divided[i] else n for i, n in enumerate(local.shape))
+    return jax.ShapeDtypeStruct(shape, local.dtype, sharding=sharding)
+
+
 def _nbytes(value: jax.ShapeDtypeStruct) -> int:
     return math.prod(value.shape) * value.dtype.itemsize
 
