@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 
+#include "ffi_error.h"
 #include "registry.h"
 #include "shm_channel.h"
 #include "timeline.h"
@@ -18,33 +19,15 @@ namespace ffi = xla::ffi;
 using Stamp = ffi::BufferR1<ffi::S32>;  // [step, layer, batch]
 using ChannelIds = ffi::Span<const std::int64_t>;  // by batch
 
-ffi::Error ToError(Status status) {
-  switch (status.code) {
-    case Code::kOk:
-      return ffi::Error::Success();
-    case Code::kUnavailable:
-      return ffi::Error(ffi::ErrorCode::kUnavailable, std::move(status.text));
-    case Code::kDeadlineExceeded:
-      return ffi::Error(ffi::ErrorCode::kDeadlineExceeded, std::move(status.text));
-    case Code::kAborted:
-      return ffi::Error(ffi::ErrorCode::kAborted, std::move(status.text));
-    case Code::kFailedPrecondition:
-      return ffi::Error(ffi::ErrorCode::kFailedPrecondition, std::move(status.text));
-  }
-  return ffi::Error::Internal(std::move(status.text));
-}
-
 // The channel of the message's batch. Numbers are not used twice: one that is not there was closed.
 ffi::Error Choose(ChannelIds channels, Role role, const Message& message, std::shared_ptr<ShmChannel>* channel) {
   if (message.batch < 0 || static_cast<std::size_t>(message.batch) >= channels.size()) {
-    return ffi::Error(ffi::ErrorCode::kOutOfRange, OperationName(role, message) + " failed: the program has " +
-                                                       std::to_string(channels.size()) +
-                                                       " channel(s), one per batch from 0");
+    return ffi::Error(ffi::ErrorCode::kOutOfRange, NoChannel(role, message, channels.size()));
   }
   *channel = FindChannel(channels.begin()[message.batch]);
   if (*channel != nullptr) return ffi::Error::Success();
   return ffi::Error(ffi::ErrorCode::kAborted,
-                    OperationName(role, message) + " failed: this side has closed the channel");
+                    OperationName(role, message) + " failed: " + kSelfClosed);
 }
 
 ffi::AnyBuffer At(const ffi::RemainingArgs& tensors, std::size_t i) { return *tensors.get<ffi::AnyBuffer>(i); }
