@@ -178,12 +178,10 @@ LAMINA_DEVICE void CopyShare(char* to, const char* from, std::uint64_t bytes, st
   // Four loads in flight per thread: what makes a copy over PCIe slow is waiting.
   for (; i + 3 * count < chunks; i += 4 * count) {
     Vec16 part[4];
-#pragma unroll
     for (int k = 0; k < 4; ++k) {
       const char* const at = from + (i + k * count) * sizeof(Vec16);
       part[k] = kFromSlot ? Load16Once(at) : Load16(at);
     }
-#pragma unroll
     for (int k = 0; k < 4; ++k) Store16(to + (i + k * count) * sizeof(Vec16), part[k]);
   }
   for (; i < chunks; i += count) {
