@@ -2,6 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -16,6 +17,8 @@ namespace lamina::cuda {
 namespace {
 
 namespace ffi = xla::ffi;
+
+std::atomic<std::uint64_t> launches{0};
 
 using Stamp = ffi::BufferR1<ffi::S32>;  // [step, layer, batch]
 using ChannelIds = ffi::Span<const std::int64_t>;  // by batch
@@ -79,6 +82,7 @@ ffi::Error Send(cudaStream_t stream, std::int32_t device, ChannelIds channels, s
   Call call{};
   if (ffi::Error error = Describe(stamp, stamp_out, tag, tensors, call); error.failure()) return error;
   if (ffi::Error error = TakeEnds(channels, device, Role::kWriter, call); error.failure()) return error;
+  launches.fetch_add(1, std::memory_order_relaxed);
   return Launched(LaunchSend(call, stream), "the launch of a send");
 }
 
@@ -87,6 +91,7 @@ ffi::Error Recv(cudaStream_t stream, std::int32_t device, ChannelIds channels, s
   Call call{};
   if (ffi::Error error = Describe(stamp, stamp_out, tag, tensors, call); error.failure()) return error;
   if (ffi::Error error = TakeEnds(channels, device, Role::kReader, call); error.failure()) return error;
+  launches.fetch_add(1, std::memory_order_relaxed);
   return Launched(LaunchRecv(call, stream), "the launch of a recv");
 }
 
@@ -112,6 +117,9 @@ ffi::Error Fence(cudaStream_t stream, ffi::RemainingArgs values, ffi::RemainingR
 }
 
 }  // namespace
+
+std::uint64_t LaunchCount() { return launches.load(std::memory_order_relaxed); }
+
 }  // namespace lamina::cuda
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LaminaCudaSend, lamina::cuda::Send,

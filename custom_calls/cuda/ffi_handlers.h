@@ -15,7 +15,17 @@
 // handlers of later launches return it.
 #pragma once
 
+#include <cstdint>
+
 #include "xla/ffi/api/c_api.h"
+
+namespace lamina::cuda {
+
+// How many kernels the handlers of sends and recvs have launched, captured ones included. It stands still while graphs
+// are replayed.
+std::uint64_t LaunchCount();
+
+}  // namespace lamina::cuda
 
 extern "C" {
 XLA_FFI_Error* LaminaCudaSend(XLA_FFI_CallFrame* frame);

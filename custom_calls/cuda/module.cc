@@ -103,6 +103,7 @@ NB_MODULE(_cuda_calls, module) {
     const Devices devices = FindDevices();
     return nb::make_tuple(devices.count, devices.why_none);
   });
+  module.def("launch_count", &LaunchCount);
   module.def("name_tag", &NameTag, nb::arg("tag"), nb::arg("name"));
   module.def("send_handler", [] { return Capsule(LaminaCudaSend); });
   module.def("recv_handler", [] { return Capsule(LaminaCudaRecv); });

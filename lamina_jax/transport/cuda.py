@@ -49,6 +49,11 @@ def cuda_device_count() -> int:
     return 0 if _calls is None else _calls.devices()[0]
 
 
+def launch_count() -> int:
+    """How many sends and recvs the host has launched, or captured, on GPUs. A graph's replays do not count."""
+    return 0 if _calls is None else _calls.launch_count()
+
+
 class _CudaChannel(Channel):
     """What the kinds share: an end that kernels of a GPU operate, or (cuda_host only) the CPU.
 

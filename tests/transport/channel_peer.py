@@ -8,13 +8,25 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lamina_jax.transport import Channel, ChannelAddress, Role, Tag, attach, channel_class, make_stamp, recv, send
+from lamina_jax.transport import (
+    Channel,
+    ChannelAddress,
+    Role,
+    Tag,
+    attach,
+    channel_class,
+    cuda,
+    make_stamp,
+    recv,
+    send,
+)
 
 DTYPES = ("bfloat16", "float16", "float32", "int32")
 LIMIT_S = 60.0  # what no answer of a healthy peer takes
@@ -195,6 +207,7 @@ class _Orders:
 
     def __init__(self) -> None:
         self._channels: dict[int, Channel] = {}
+        self._background: Future = Future()
 
     def attach(self, number: int, address: ChannelAddress, role: Role, options: dict) -> None:
         self._channels[number] = attach(address, role=role, peer="the test", **options)
@@ -239,6 +252,43 @@ class _Orders:
     def recv_and_abort(self, number: int, mail: Mail, aborted: int) -> None:
         recv_all([self._channels[number]], [mail])
         self._channels[aborted].abort()
+
+    def ask_in_background(self, there: int, back: int, mail: Mail) -> None:
+        """Sends `mail`, then waits for an answer to it, in a thread."""
+
+        def program(stamp):
+            stamp = send([self._channels[there]], stamp, [jnp.asarray(x) for x in mail.contents()], tag=mail.tag)
+            return recv([self._channels[back]], stamp, mail.specs, tag=Tag.ATTENDED)
+
+        def ask() -> None:
+            jax.block_until_ready(jax.jit(program)(_first([mail])))
+            _raise_failure([self._channels[back]])
+
+        self._background = ThreadPoolExecutor(1).submit(ask)
+
+    def background_error(self) -> str:
+        return str(self._background.exception(LIMIT_S))
+
+    def end(self, number: int, how: str) -> None:
+        """Calls `abort` or `close`."""
+        getattr(self._channels[number], how)()
+
+    def replay(self, there: int, back: int, mail: Mail, count: int) -> tuple[list[np.ndarray], int]:
+        """As `ping`, but each round is a run of one small program. Returns also how many calls the host has made."""
+        contents = [jnp.asarray(x) for x in mail.contents()]
+
+        @jax.jit
+        def program(stamp):
+            layer = stamp[1]
+            stamp = send([self._channels[there]], stamp, [x + layer.astype(x.dtype) for x in contents], tag=mail.tag)
+            return recv([self._channels[back]], stamp, mail.specs, tag=mail.tag)
+
+        stamps = [make_stamp(0, layer) for layer in range(count)]
+        before = cuda.launch_count()
+        received = [program(stamp)[0] for stamp in stamps]
+        stacked = [np.stack([np.asarray(x) for x in tensors]) for tensors in zip(*received, strict=True)]
+        _raise_failure([self._channels[there], self._channels[back]])
+        return stacked, cuda.launch_count() - before
 
     def failure(self, number: int) -> str | None:
         return self._channels[number].failure
