@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cuda/kernels.h"
+#include "cuda/transport.h"
 
 namespace lamina::cuda {
 
@@ -281,7 +282,13 @@ std::shared_ptr<DeviceEnd> DeviceEnd::Attach(EndPlace place, EndOptions options,
 }
 
 std::shared_ptr<DeviceEnd> DeviceEnd::Start(std::shared_ptr<DeviceEnd> end) {
-  end->SetUp();
+  try {
+    end->SetUp();
+  } catch (...) {
+    cudaHostUnregister(end->ring_->memory());  // or it would be unmapped under CUDA's feet
+    cudaGetLastError();
+    throw;
+  }
   TheWatcher().Add(end);
   return end;
 }
@@ -383,10 +390,14 @@ Status DeviceEnd::Ready(std::int32_t tag) {
     const std::string operation = OperationName(options_.role, tag);
     if (closed_) return {Code::kAborted, operation + " failed: " + kSelfClosed};
     if (connected_) return {};
-    if (std::chrono::steady_clock::now() > deadline) {
+    const Stop stop = StopOf(options_.role, ring_->ring()->stop.load());
+    const bool late = std::chrono::steady_clock::now() > deadline;
+    if (stop.reason != Reason::kNone || late) {
+      const std::string why = late ? "the peer has offered no memory of its GPU in time"
+                                   : Explain(stop.reason, FailureRecord{}, options_, slot_bytes_);
       const std::lock_guard<std::mutex> lock(mutex_);
-      failure_ = {Code::kDeadlineExceeded, operation + " to " + PeerName(options_.peer, peer_pid()) +
-                                               " failed: the peer has offered no memory of its GPU in time"};
+      failure_ = {late ? Code::kDeadlineExceeded : CodeOf(stop.reason),
+                  operation + " to " + PeerName(options_.peer, peer_pid()) + " failed: " + why};
       return failure_;
     }
     std::this_thread::sleep_for(kConnectInterval);
@@ -404,7 +415,8 @@ void DeviceEnd::Watch() {
       if (failure_.ok()) failure_ = {Code::kFailedPrecondition, error.what()};
     }
   }
-  if (ring_->PeerDied()) ring_->Stop(DiedBit(PeerRole()));
+  const std::uint32_t died = DiedBit(PeerRole());
+  if ((ring_->ring()->stop.load() & died) == 0 && ring_->PeerDied()) ring_->Stop(died);
   failure();
 }
 

@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -121,23 +122,18 @@ def test_graphs_are_replayed(sides):
     assert calls < count, f"{calls} calls for {2 * count} sends and recvs: the program did not become a graph"
 
 
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_graph_without_xla(tmp_path):
-    """Every element is checked by the program itself."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("needs nvcc")
-    root = pathlib.Path(__file__).parents[2]
-    calls = root / "custom_calls"
-    sources = [root / "benchmarks/raw_gpu_channel.cu", calls / "cuda/kernels.cu", calls / "cuda/device_end.cc"]
-    sources += [calls / "shm_channel.cc", calls / "wording.cc"]
-    flags = ["-std=c++17", "--expt-relaxed-constexpr", "-O2", "-arch=sm_90", "-cudart=static"]
-    flags += [f"-I{calls}", f"-I{calls / 'cuda'}", "-lpthread", "-ldl", "-lrt"]
-    program = tmp_path / "raw_gpu_channel"
-    subprocess.run([nvcc, *flags, *map(str, sources), "-o", str(program)], check=True, timeout=240)
-    for nbytes in (64, 2048, 1 << 20):
-        done = subprocess.run([str(program), str(nbytes), "200"], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["rounds"] == 200
+    """The raw benchmark checks every element of every message itself."""
+    benchmark = pathlib.Path(__file__).parents[2] / "benchmarks" / "gpu_channel.py"
+    rows = tmp_path / "rows.json"
+    options = ["--kinds=", "--sizes=64,2048,1048576", "--raw_rounds=200", f"--json={rows}"]
+    subprocess.run([sys.executable, str(benchmark), *options], check=True, timeout=300)
+    assert [(row["num_bytes"], row["rounds"]) for row in json.loads(rows.read_text())] == [
+        (64, 200),
+        (2048, 200),
+        (1048576, 200),
+    ]
 
 
 def test_each_batch_takes_its_own_channel(sides):

@@ -51,8 +51,13 @@ class _GpuEnd(cuda.CudaIpcChannel):
         address = ChannelAddress(kind=self.kind, location="", num_slots=1, slot_bytes=4096, creator_role="writer")
         super().__init__(None, address, role=role, peer="the peer", device=0)
 
-    id = 1 << 40
-    closed = False
+    @property
+    def id(self):
+        return 1 << 40
+
+    @property
+    def closed(self):
+        return False
 
 
 @needs_calls
