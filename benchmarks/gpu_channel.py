@@ -1,8 +1,8 @@
 """Round trips of a GPU's channels: cuda_host with a CPU process, cuda_ipc with a GPU process, and raw CUDA graphs.
 
 A program of `--unroll` round trips, which XLA makes one CUDA graph, is run again and again; the other process echoes in
-a compiled loop. Where there is a second GPU, cuda_ipc's other process takes it; else both share one and take turns of
-about 2 ms, unless CUDA's MPS runs, and the figure says how long a turn is rather than how long a message takes.
+a compiled loop. Where there is a second GPU, cuda_ipc's other process takes it; else both share one and take turns,
+unless CUDA's MPS runs, and the figure says how long a turn is rather than how long a message takes.
 
 The raw rows replay a graph without XLA (raw_gpu_channel.cu) and give the time from the CPU's publishing store to the
 kernel behind the recv, seen by the CPU.

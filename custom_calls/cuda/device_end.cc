@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <cstring>
@@ -33,6 +34,7 @@ namespace {
 constexpr std::uint64_t kFirstId = std::uint64_t{1} << 40;
 constexpr std::chrono::milliseconds kWatchInterval{5};
 constexpr std::chrono::microseconds kConnectInterval{200};
+constexpr double kLongestTimeoutS = 1e9;  // about 30 years; more would not go into nanoseconds
 constexpr int kFreeAttempts = 100;
 constexpr std::chrono::milliseconds kFreeInterval{50};
 constexpr std::size_t kEndsPerChunk = 64;
@@ -377,7 +379,7 @@ void DeviceEnd::WriteFixedPart(std::uint64_t id) {
   end.record = static_cast<FailureRecord*>(mapped);
   end.slots = slots_;
   end.slot_bytes = slot_bytes_;
-  end.timeout_ns = static_cast<std::uint64_t>(options_.timeout_s * 1e9);
+  end.timeout_ns = static_cast<std::uint64_t>(std::min(options_.timeout_s, kLongestTimeoutS) * 1e9);
   end.num_slots = num_slots_;
   end.role = options_.role;
   GpuOf(place_.device).Write(end_, &end, offsetof(End, next));

@@ -273,8 +273,8 @@ class CudaHostChannel(_CudaChannel):
 class CudaIpcChannel(_CudaChannel):
     """A ring in the memory of the reader's GPU, which the writer's GPU reaches directly: on one host, with peer access.
 
-    The two may be the same GPU. Two processes that share a GPU take turns of about 2 ms on it, and a message waits for
-    the reader's turn, unless CUDA's MPS lets both run at once.
+    The two may be the same GPU. Two processes that share a GPU take turns on it, and a message waits for the reader's
+    turn, unless CUDA's MPS lets both run at once.
     """
 
     kind = "cuda_ipc"

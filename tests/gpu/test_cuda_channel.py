@@ -1,8 +1,8 @@
 """Channels of GPUs, on a GPU: what tests/transport/test_channel.py asks of the kinds that run without one.
 
 A process with a GPU is on one side; on the other is a process without (cuda_host) or with the same GPU (cuda_ipc). The
-process that runs the tests only gives orders. Two processes take turns on a GPU, so cuda_ipc takes milliseconds a
-message here; that says nothing about two GPUs, or about MPS.
+process that runs the tests only gives orders. Two processes take turns on a GPU, so how long cuda_ipc takes here says
+nothing about two GPUs, or about MPS.
 """
 
 import dataclasses
