@@ -43,7 +43,7 @@ $(TINY)/config.json: $(INSTALLED)
 	$(BIN)/python scripts/make_tiny_checkpoint.py --output=$(TINY) --train_seconds=60
 
 # The custom calls are compiled here, so a change of theirs installs again.
-$(INSTALLED): pyproject.toml constraints.txt $(wildcard custom_calls/*)
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard custom_calls/* custom_calls/cuda/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip -c constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group dev

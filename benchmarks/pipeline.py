@@ -188,7 +188,7 @@ def _executor(model: Model, kind: Kind, limits: SchedulerLimits, trace_dir: str 
     return SplitExecutor(
         model,
         cache,
-        AttentionWorkerPool(1),
+        AttentionWorkerPool([{"JAX_PLATFORMS": "cpu"}]),
         num_batches=kind.num_batches,
         replicas=[SingleDeviceSharding(jax.devices()[0])],
         channel_kind="shm",

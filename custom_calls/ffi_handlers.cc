@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 
+#include "ffi_error.h"
 #include "registry.h"
 #include "shm_channel.h"
 #include "timeline.h"
@@ -18,22 +19,6 @@ namespace ffi = xla::ffi;
 using Stamp = ffi::BufferR1<ffi::S32>;  // [step, layer, batch]
 using ChannelIds = ffi::Span<const std::int64_t>;  // by device, then by batch
 
-ffi::Error ToError(Status status) {
-  switch (status.code) {
-    case Code::kOk:
-      return ffi::Error::Success();
-    case Code::kUnavailable:
-      return ffi::Error(ffi::ErrorCode::kUnavailable, std::move(status.text));
-    case Code::kDeadlineExceeded:
-      return ffi::Error(ffi::ErrorCode::kDeadlineExceeded, std::move(status.text));
-    case Code::kAborted:
-      return ffi::Error(ffi::ErrorCode::kAborted, std::move(status.text));
-    case Code::kFailedPrecondition:
-      return ffi::Error(ffi::ErrorCode::kFailedPrecondition, std::move(status.text));
-  }
-  return ffi::Error::Internal(std::move(status.text));
-}
-
 // The channel of the message's batch among those that this device uses. A program may run on several devices; it then
 // names the channels of all of them. Numbers are not used twice: one that is not there was closed.
 ffi::Error Choose(ChannelIds channels, std::int32_t device, Role role, const Message& message,
@@ -46,12 +31,9 @@ ffi::Error Choose(ChannelIds channels, std::int32_t device, Role role, const Mes
     *channel = std::move(found.channel);
     *id = candidate;
     if (*channel != nullptr) return ffi::Error::Success();
-    return ffi::Error(ffi::ErrorCode::kAborted,
-                      OperationName(role, message) + " failed: this side has closed the channel");
+    return ffi::Error(ffi::ErrorCode::kAborted, OperationName(role, message) + " failed: " + kSelfClosed);
   }
-  return ffi::Error(ffi::ErrorCode::kOutOfRange, OperationName(role, message) + " failed: the program has " +
-                                                     std::to_string(batches) + " channel(s) for device " +
-                                                     std::to_string(device) + ", one per batch from 0");
+  return ffi::Error(ffi::ErrorCode::kOutOfRange, NoChannel(role, message, batches));
 }
 
 ffi::AnyBuffer At(const ffi::RemainingArgs& tensors, std::size_t i) { return *tensors.get<ffi::AnyBuffer>(i); }

@@ -15,7 +15,7 @@ namespace lamina {
 
 inline constexpr std::size_t kLine = 64;
 inline constexpr std::uint64_t kRingMagic = 0x31474e49524d414c;  // "LAMRING1"
-inline constexpr std::uint32_t kRingVersion = 2;
+inline constexpr std::uint32_t kRingVersion = 3;
 
 inline constexpr std::uint64_t AlignToLine(std::uint64_t bytes) { return (bytes + kLine - 1) & ~(kLine - 1); }
 
@@ -48,6 +48,8 @@ enum class Role : std::uint32_t { kWriter = 0, kReader = 1 };
 // more, but messages already in the ring may still be received.
 inline constexpr std::uint32_t AbortedBit(Role role) { return role == Role::kWriter ? 1 : 2; }
 inline constexpr std::uint32_t ClosedBit(Role role) { return role == Role::kWriter ? 4 : 8; }
+// Set by the process at one end when the process at the other, of this role, has died: its GPU cannot find out itself.
+inline constexpr std::uint32_t DiedBit(Role role) { return role == Role::kWriter ? 16 : 32; }
 
 // Where one end sleeps. The other end bumps `wakeups` and wakes the futex on it only if `waiting` is set.
 struct alignas(kLine) SleepWord {
@@ -63,6 +65,8 @@ struct RingHeader {
   std::uint64_t slot_bytes;
   std::atomic<std::uint32_t> pids[2];  // by Role; 0 while that end is not taken
   std::atomic<std::uint32_t> stop;
+  // Not 0: an end may be a GPU, which wakes nobody, so whoever waits here naps instead of sleeping. Never changes.
+  std::uint32_t polled;
 
   alignas(kLine) std::atomic<std::uint64_t> read_seq;  // messages read so far; only the reader stores
   SleepWord sleep[2];                                  // by Role of the sleeper
@@ -72,6 +76,7 @@ static_assert(sizeof(SlotHeader) == kLine && sizeof(Message) == 40);
 static_assert(offsetof(SlotHeader, message) == 8 && offsetof(Message, num_tensors) == 32);
 static_assert(sizeof(RingHeader) == 4 * kLine);
 static_assert(offsetof(RingHeader, pids) == 24 && offsetof(RingHeader, stop) == 32);
+static_assert(offsetof(RingHeader, polled) == 36);
 static_assert(offsetof(RingHeader, read_seq) == kLine && offsetof(RingHeader, sleep) == 2 * kLine);
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free && std::atomic<std::uint32_t>::is_always_lock_free,
               "an atomic with a lock would not work between processes");

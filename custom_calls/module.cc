@@ -64,14 +64,14 @@ class Handle {
   std::optional<std::string> failure_;
 };
 
-EndOptions Options(bool writer, std::string peer, double timeout_s, double spin_us) {
-  return {writer ? Role::kWriter : Role::kReader, std::move(peer), timeout_s, spin_us};
+EndOptions Options(bool writer, std::string peer, double timeout_s, double spin_us, bool polled = false) {
+  return {writer ? Role::kWriter : Role::kReader, std::move(peer), timeout_s, spin_us, polled};
 }
 
 std::unique_ptr<Handle> Create(bool writer, std::string peer, std::uint32_t num_slots, std::uint64_t slot_bytes,
-                               double timeout_s, double spin_us, std::int32_t device) {
+                               double timeout_s, double spin_us, bool polled, std::int32_t device) {
   return std::make_unique<Handle>(
-      ShmChannel::Create(Options(writer, std::move(peer), timeout_s, spin_us), num_slots, slot_bytes), device);
+      ShmChannel::Create(Options(writer, std::move(peer), timeout_s, spin_us, polled), num_slots, slot_bytes), device);
 }
 
 std::unique_ptr<Handle> Attach(bool writer, std::string peer, const std::string& path, std::uint32_t num_slots,
@@ -129,7 +129,8 @@ NB_MODULE(_custom_calls, module) {
 
   nb::class_<Handle>(module, "ShmHandle")
       .def_static("create", &Create, nb::arg("writer"), nb::arg("peer"), nb::arg("num_slots"), nb::arg("slot_bytes"),
-                  nb::arg("timeout_s"), nb::arg("spin_us"), nb::arg("device"), no_gil)
+                  nb::arg("timeout_s"), nb::arg("spin_us"), nb::arg("polled") = false, nb::arg("device") = kAnyDevice,
+                  no_gil)
       .def_static("attach", &Attach, nb::arg("writer"), nb::arg("peer"), nb::arg("path"), nb::arg("num_slots"),
                   nb::arg("slot_bytes"), nb::arg("timeout_s"), nb::arg("spin_us"), no_gil)
       .def("abort", &Handle::Abort, no_gil)

@@ -5,6 +5,7 @@
 #include <poll.h>
 #include <sched.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -13,7 +14,6 @@
 #include <cerrno>
 #include <climits>
 #include <ctime>
-#include <map>
 #include <new>
 #include <stdexcept>
 #include <system_error>
@@ -24,9 +24,12 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 // How often a sleeper looks whether its peer still lives.
-constexpr std::chrono::milliseconds kSlice{100};
+constexpr std::chrono::nanoseconds kSlice = std::chrono::milliseconds(100);
 // How long a spin keeps its core to itself.
 constexpr std::chrono::microseconds kPolite{4};
+// How long a sleep is on a ring whose other end may be a GPU.
+constexpr std::chrono::nanoseconds kShortestNap = std::chrono::microseconds(5);
+constexpr std::chrono::nanoseconds kLongestNap = std::chrono::microseconds(200);
 constexpr char kDirectory[] = "/dev/shm";
 
 [[noreturn]] void ThrowErrno(int error, const std::string& what) {
@@ -51,21 +54,15 @@ void FutexWake(std::atomic<std::uint32_t>& word) {
   syscall(SYS_futex, &word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
 }
 
+// Linux adds up to 50 us to every sleep of a thread, to save power. Here it may add 1 us.
+void WakeInTime() {
+  static thread_local bool done = false;
+  if (!done) prctl(PR_SET_TIMERSLACK, 1000);
+  done = true;
+}
+
 std::chrono::nanoseconds Nanoseconds(double seconds) {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::duration<double>(seconds));
-}
-
-std::mutex tag_mutex;
-
-std::map<std::int32_t, std::string>& TagNames() {
-  static auto* names = new std::map<std::int32_t, std::string>();
-  return *names;
-}
-
-std::string TagName(std::int32_t tag) {
-  const std::lock_guard<std::mutex> lock(tag_mutex);
-  const auto found = TagNames().find(tag);
-  return found == TagNames().end() ? "tag " + std::to_string(tag) : "'" + found->second + "'";
 }
 
 std::string RoleName(Role role) { return role == Role::kWriter ? "writer" : "reader"; }
@@ -107,43 +104,7 @@ void TakeRole(RingHeader* ring, Role role, const std::string& path) {
                               RoleName(role) + ", got process " + std::to_string(owner));
 }
 
-std::string StampText(const Message& message) {
-  return "(step " + std::to_string(message.step) + ", layer " + std::to_string(message.layer) + ", batch " +
-         std::to_string(message.batch) + ")";
-}
-
-std::string Mismatch(const char* what, std::int64_t expected, std::int64_t got) {
-  return std::string("it is not the message that was expected: expected ") + what + " " + std::to_string(expected) +
-         ", got " + std::to_string(got);
-}
-
-// Empty if `got` is what `expected` describes.
-std::string Difference(const Message& expected, const Message& got) {
-  if (got.tag != expected.tag) {
-    return "it is not the message that was expected: expected " + TagName(expected.tag) + ", got " + TagName(got.tag) +
-           " " + StampText(got);
-  }
-  if (got.step != expected.step) return Mismatch("step", expected.step, got.step);
-  if (got.layer != expected.layer) return Mismatch("layer", expected.layer, got.layer);
-  if (got.batch != expected.batch) return Mismatch("batch", expected.batch, got.batch);
-  if (got.num_tensors != expected.num_tensors) return Mismatch("tensor count", expected.num_tensors, got.num_tensors);
-  if (got.payload_bytes != expected.payload_bytes) {
-    return Mismatch("payload bytes", expected.payload_bytes, got.payload_bytes);
-  }
-  if (got.layout != expected.layout) return "its tensors differ in dtype, or in how the bytes are divided among them";
-  return "";
-}
-
 }  // namespace
-
-void NameTag(std::int32_t tag, std::string name) {
-  const std::lock_guard<std::mutex> lock(tag_mutex);
-  TagNames()[tag] = std::move(name);
-}
-
-std::string OperationName(Role role, const Message& message) {
-  return std::string(role == Role::kWriter ? "send" : "recv") + " of " + TagName(message.tag) + " " + StampText(message);
-}
 
 // MAP_POPULATE: the first messages should not pay for page faults.
 Mapping::Mapping(int fd, std::uint64_t bytes)
@@ -185,6 +146,7 @@ std::shared_ptr<ShmChannel> ShmChannel::Create(EndOptions options, std::uint32_t
   ring->version = kRingVersion;
   ring->num_slots = num_slots;
   ring->slot_bytes = slot_bytes;
+  ring->polled = options.polled ? 1 : 0;
   ring->magic = kRingMagic;
   ring->pids[static_cast<int>(options.role)] = static_cast<std::uint32_t>(getpid());
   return std::shared_ptr<ShmChannel>(new ShmChannel(std::move(options), std::move(mapping), num_slots, slot_bytes));
@@ -212,9 +174,7 @@ std::shared_ptr<ShmChannel> ShmChannel::Attach(EndOptions options, const std::st
 Status ShmChannel::Reserve(const Message& message, char** payload) {
   if (Status status = Begin(message); !status.ok()) return status;
   if (message.payload_bytes > slot_bytes_) {
-    return Fail(message, Code::kFailedPrecondition,
-                "the message has " + std::to_string(message.payload_bytes) + " bytes and a slot of the ring " +
-                    std::to_string(slot_bytes_));
+    return Fail(message, Code::kFailedPrecondition, TooLarge(message.payload_bytes, slot_bytes_));
   }
   if (Status status = AwaitReady(message); !status.ok()) return status;
   SlotHeader* const slot = Slot();
@@ -294,7 +254,8 @@ bool ShmChannel::SpinUntilReady() {
 
 Status ShmChannel::SleepUntilReady(const Message& message) {
   SleepWord& sleep = ring_->sleep[static_cast<int>(options_.role)];
-  const auto deadline = Clock::now() + Nanoseconds(options_.timeout_s);
+  const auto start = Clock::now();
+  const auto deadline = start + Nanoseconds(options_.timeout_s);
   while (true) {
     const std::uint32_t seen = sleep.wakeups.load(std::memory_order_seq_cst);
     sleep.waiting.store(1, std::memory_order_seq_cst);
@@ -303,28 +264,41 @@ Status ShmChannel::SleepUntilReady(const Message& message) {
     // Look at the ring once more after the peer was found dead: its last message may have come in between.
     if (PeerDied()) {
       if (Ready()) break;
-      return Fail(message, Code::kUnavailable, "the peer process has died");
+      return Fail(message, Code::kUnavailable, kPeerDied);
     }
-    const auto left = deadline - Clock::now();
-    if (left <= left.zero()) return Fail(message, Code::kDeadlineExceeded, TimeoutReason());
-    FutexWait(sleep.wakeups, seen, std::min<std::chrono::nanoseconds>(kSlice, left));
+    const auto now = Clock::now();
+    const auto left = deadline - now;
+    if (left <= left.zero()) {
+      return Fail(message, Code::kDeadlineExceeded, TimeoutReason(options_.role, options_.timeout_s));
+    }
+    Doze(seen, now - start, left);
   }
   sleep.waiting.store(0, std::memory_order_relaxed);
   return {};
+}
+
+// Where a GPU may be at the other end, which wakes nobody, the sleep is short at first and grows with what was waited
+// already, so that looking costs little time and little of a core.
+void ShmChannel::Doze(std::uint32_t wakeups_seen, std::chrono::nanoseconds waited, std::chrono::nanoseconds left) {
+  std::chrono::nanoseconds longest = kSlice;
+  if (ring_->polled) {
+    WakeInTime();
+    longest = std::clamp(waited / 8, kShortestNap, kLongestNap);
+  }
+  FutexWait(ring_->sleep[static_cast<int>(options_.role)].wakeups, wakeups_seen, std::min(longest, left));
 }
 
 Status ShmChannel::CheckStop(const Message& message) {
   const std::uint32_t stop = ring_->stop.load(std::memory_order_seq_cst);
   if (stop == 0) return {};
   const Role mine = options_.role, peer = PeerRole();
-  if (stop & ClosedBit(mine)) return Fail(message, Code::kAborted, "this side has closed the channel");
-  if (stop & AbortedBit(mine)) return Fail(message, Code::kAborted, "this side has aborted the channel");
-  if (stop & AbortedBit(peer)) return Fail(message, Code::kAborted, "the peer has aborted the channel");
-  if (mine == Role::kReader && Ready()) return {};
-  return Fail(message, Code::kUnavailable, "the peer has closed the channel");
+  if (stop & ClosedBit(mine)) return Fail(message, Code::kAborted, kSelfClosed);
+  if (stop & AbortedBit(mine)) return Fail(message, Code::kAborted, kSelfAborted);
+  if (stop & AbortedBit(peer)) return Fail(message, Code::kAborted, kPeerAborted);
+  if (!(stop & ClosedBit(peer)) || (mine == Role::kReader && Ready())) return {};
+  return Fail(message, Code::kUnavailable, kPeerClosed);
 }
 
-// True also for a zombie. Only this end's one operation at a time gets here.
 bool ShmChannel::PeerDied() {
   if (peer_gone_) return true;
   const std::uint32_t pid = peer_pid();
@@ -350,12 +324,7 @@ void ShmChannel::Stop(std::uint32_t reason) {
 }
 
 Status ShmChannel::Fail(const Message& message, Code code, const std::string& why) {
-  const bool writer = options_.role == Role::kWriter;
-  const std::uint32_t pid = peer_pid();
-  const std::string peer =
-      options_.peer + (pid == 0 ? " (not attached yet)" : " (pid " + std::to_string(pid) + ")");
-  std::string text =
-      OperationName(options_.role, message) + (writer ? " to " : " from ") + peer + " failed: " + why;
+  std::string text = FailureText(options_.role, message, PeerName(options_.peer, peer_pid()), why);
   {
     const std::lock_guard<std::mutex> lock(failure_mutex_);
     if (failure_.ok()) failure_ = Status{code, std::move(text)};
@@ -373,14 +342,6 @@ Status ShmChannel::FailedEarlier() const {
 std::optional<std::string> ShmChannel::failure() const {
   const Status status = FailedEarlier();
   return status.ok() ? std::nullopt : std::make_optional(status.text);
-}
-
-std::string ShmChannel::TimeoutReason() const {
-  std::string seconds = std::to_string(options_.timeout_s);
-  seconds.erase(seconds.find_last_not_of('0') + 1);
-  if (seconds.back() == '.') seconds.pop_back();
-  return (options_.role == Role::kReader ? "no message came in " : "no slot of the ring came free in ") + seconds +
-         " s, though the peer process has not ended";
 }
 
 std::uint32_t ShmChannel::peer_pid() const {

@@ -12,29 +12,17 @@
 #include <string>
 
 #include "message.h"
+#include "wording.h"
 
 namespace lamina {
-
-enum class Code { kOk, kUnavailable, kDeadlineExceeded, kAborted, kFailedPrecondition };
-
-struct Status {
-  Code code = Code::kOk;
-  std::string text;
-  bool ok() const { return code == Code::kOk; }
-};
 
 struct EndOptions {
   Role role;
   std::string peer;  // how errors call the other end, e.g. "attention worker 1"
   double timeout_s;  // the longest that one send or recv waits
   double spin_us;    // how long it polls before it sleeps
+  bool polled = false;  // to create a ring of which an end may be a GPU; to attach to one, the ring says so itself
 };
-
-// Gives a tag the name that errors use. Tags without a name appear as numbers.
-void NameTag(std::int32_t tag, std::string name);
-
-// How errors call an operation: "recv of 'attended' (step 12, layer 3, batch 1)".
-std::string OperationName(Role role, const Message& message);
 
 // A mapping of the shared memory; unmapped and closed with the last user.
 class Mapping {
@@ -81,12 +69,17 @@ class ShmChannel {
   std::string path() const;  // what a peer on this host opens
   std::optional<std::string> failure() const;
   std::uint32_t peer_pid() const;
+  // True also for a zombie. For the one thread that operates, or watches over, this end.
+  bool PeerDied();
+  // Sets bits of RingHeader::stop, unless this is a fork of the process that made the channel.
+  void Stop(std::uint32_t reason);
+  char* memory() const { return mapping_->data(); }
+  RingHeader* ring() const { return ring_; }
   std::uint32_t num_slots() const { return num_slots_; }
   std::uint64_t slot_bytes() const { return slot_bytes_; }
   Role role() const { return options_.role; }
 
  private:
-  void Stop(std::uint32_t reason);
   ShmChannel(EndOptions options, std::unique_ptr<Mapping> mapping, std::uint32_t num_slots, std::uint64_t slot_bytes);
 
   Role PeerRole() const { return options_.role == Role::kWriter ? Role::kReader : Role::kWriter; }
@@ -96,12 +89,11 @@ class ShmChannel {
   bool SpinUntilReady();
   Status SleepUntilReady(const Message& message);
   Status CheckStop(const Message& message);
-  bool PeerDied();
+  void Doze(std::uint32_t wakeups_seen, std::chrono::nanoseconds waited, std::chrono::nanoseconds left);
   void Advance(std::atomic<std::uint64_t>& sequence);
   void Wake(Role role);
   Status Fail(const Message& message, Code code, const std::string& why);
   Status FailedEarlier() const;
-  std::string TimeoutReason() const;
   SlotHeader* Slot() const {
     return reinterpret_cast<SlotHeader*>(slots_ + (next_ % num_slots_) * SlotStride(slot_bytes_));
   }

@@ -89,11 +89,14 @@ class CacheSize:
     num_pages: int
 
 
-def size_cache(config: EngineConfig, model: ModelConfig, itemsize: int) -> CacheSize:
+def size_cache(
+    config: EngineConfig, model: ModelConfig, itemsize: int, *, device_bytes: int | None = None
+) -> CacheSize:
     """Sizes the KV cache: room for `max_num_seqs` sequences of full length, or what the memory allows.
 
     Args:
         itemsize: bytes of one cached number.
+        device_bytes: what there is for the cache where it does not lie in the host's memory.
 
     Raises:
         ValueError: max_model_len is beyond what the model was made for, or one such sequence does not fit.
@@ -103,7 +106,7 @@ def size_cache(config: EngineConfig, model: ModelConfig, itemsize: int) -> Cache
             f"max_model_len is {config.max_model_len}, but the model's max_position_embeddings is "
             f"{model.max_position_embeddings}; give at most that."
         )
-    memory = config.kv_cache_bytes or int(_CACHE_SHARE_OF_MEMORY * _available_memory())
+    memory = config.kv_cache_bytes or device_bytes or int(_CACHE_SHARE_OF_MEMORY * _available_memory())
     page_bytes = model.kv_bytes_per_token(itemsize) * config.page_size
     affordable = memory // page_bytes
     wanted_len = config.max_model_len or model.max_position_embeddings

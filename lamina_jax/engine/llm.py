@@ -32,7 +32,13 @@ from lamina_jax.runtime.executor import CacheConfig, Executor, UnsplitExecutor
 from lamina_jax.runtime.loading import load
 from lamina_jax.runtime.model import Model
 from lamina_jax.runtime.model_worker import ModelWorker
-from lamina_jax.runtime.places import channel_kind, model_places
+from lamina_jax.runtime.places import (
+    attention_environments,
+    channel_kind,
+    device_bytes,
+    model_memory_fraction,
+    model_places,
+)
 from lamina_jax.runtime.plan import StepPlan
 from lamina_jax.runtime.pool import AttentionWorkerPool
 from lamina_jax.runtime.schedule import num_replicas
@@ -44,6 +50,8 @@ Prompt = str | Mapping[str, Any]
 
 # Steps that are under way while the host looks at an older one: the device never waits for the host.
 _STEPS_AHEAD = 1
+# Of the GPU memory that a worker may take, what its KV cache does; the rest is for the step.
+_CACHE_SHARE_OF_GPU = 0.85
 # How long after Ctrl-C the steps under way may still take before the workers are given up.
 _INTERRUPTED_S = 2.0
 
@@ -88,6 +96,7 @@ class LLM:
 
     def __init__(self, model: str | os.PathLike[str], **settings: Any) -> None:
         self._config = config = _engine_config(settings)
+        num_gpus = _claim_gpus(config)
         places = model_places(
             config.model_platform,
             num_replicas=num_replicas(config.num_batches) if config.num_attention_workers else 1,
@@ -112,10 +121,22 @@ class LLM:
             # Workers start up while the weights are read.
             pool = None
             if config.num_attention_workers:
-                pool = AttentionWorkerPool(config.num_attention_workers)
+                environments = attention_environments(
+                    config.attention_platform,
+                    num_workers=config.num_attention_workers,
+                    num_model_gpus=_num_model_gpus(config),
+                    num_gpus=num_gpus,
+                    memory_fraction=config.attention_memory_fraction,
+                )
+                pool = AttentionWorkerPool(environments)
                 undo.callback(pool.close)
             loaded = load(directory, dtype=config.dtype, place=places[0])
-            size = size_cache(config, self._model_config, loaded.sites[0].kv.dtype.itemsize)
+            size = size_cache(
+                config,
+                self._model_config,
+                loaded.sites[0].kv.dtype.itemsize,
+                device_bytes=_cache_bytes(config, self._model_config, pool, places[0]),
+            )
             self.max_model_len = size.max_model_len
             """Most tokens of a sequence, prompt and completion together."""
             self._limits = SchedulerLimits.of(
@@ -432,6 +453,45 @@ def _make_executor(
         max_step_tokens=limits.max_step_tokens,
         timeout_s=config.timeout_s,
     )
+
+
+def _num_model_gpus(config: EngineConfig) -> int:
+    if config.model_platform == "cpu":
+        return 0
+    return config.tensor_parallel_size * (num_replicas(config.num_batches) if config.num_attention_workers else 1)
+
+
+def _claim_gpus(config: EngineConfig) -> int:
+    """Limits what this process takes of its GPUs' memory, before JAX does; returns how many GPUs it sees."""
+    if config.model_platform == "cpu":
+        return 0
+    # Imported late: only a model on a GPU needs the custom calls of CUDA.
+    from lamina_jax.transport.cuda import cuda_device_count
+
+    num_gpus = cuda_device_count()
+    fraction = config.model_memory_fraction
+    if fraction is None and config.attention_platform == "cuda" and num_gpus:
+        workers = {"num_workers": config.num_attention_workers, "num_model_gpus": _num_model_gpus(config)}
+        fraction = model_memory_fraction(**workers, num_gpus=num_gpus)
+    if fraction is not None:
+        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{fraction:.3f}"
+    return num_gpus
+
+
+def _cache_bytes(
+    config: EngineConfig, model: ModelConfig, pool: AttentionWorkerPool | None, place: Sharding
+) -> int | None:
+    """What there is for the whole KV cache where it lies on GPUs; None where it lies in the host's memory."""
+    if pool is None:
+        (device,) = place.device_set
+        limit = device_bytes(device)
+        return limit and int(_CACHE_SHARE_OF_GPU * (limit - device.memory_stats()["bytes_in_use"]))
+    if config.attention_platform == "cpu":
+        return None
+    smallest = pool.device_bytes()
+    # All workers have as many pages, so the one with the most heads decides.
+    most_heads = -(-model.num_kv_heads // config.num_attention_workers)
+    return smallest and int(_CACHE_SHARE_OF_GPU * smallest * model.num_kv_heads / most_heads)
 
 
 def _checked_ids(token_ids: Any) -> list[int]:

@@ -36,6 +36,7 @@ from lamina_jax.runtime.messages import (
     RunStep,
     Shutdown,
 )
+from lamina_jax.runtime.places import device_bytes
 from lamina_jax.runtime.stamps import first_stamp
 from lamina_jax.transport import Channel, attach
 from lamina_jax.transport.recorder import start_recording
@@ -106,7 +107,7 @@ def main(argv: list[str]) -> None:
     client = ControlClient(_CONTROL.value)
     _end_with(_ENGINE_PID.value, client)
     try:
-        client.send(Hello(worker=_INDEX.value))
+        client.send(Hello(worker=_INDEX.value, device_bytes=device_bytes(jax.devices()[0])))
         _serve(client)
     except Exception as error:
         logging.info("attention worker %d failed", _INDEX.value, exc_info=True)

@@ -47,6 +47,8 @@ class Hello(msgspec.Struct, tag=True):
     """Worker: I am up."""
 
     worker: int
+    device_bytes: int | None = None
+    """Memory that the worker may take on its device, where that is a GPU."""
 
 
 class Configure(msgspec.Struct, tag=True):

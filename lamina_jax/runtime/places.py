@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final, Literal, get_args
 
 import jax
@@ -70,32 +70,56 @@ def model_places(platform: Platform, *, num_replicas: int, tensor_parallel_size:
     return [NamedSharding(Mesh(each, (MODEL_AXIS,)), PartitionSpec()) for each in meshes]
 
 
-def attention_environment(
-    platform: Platform, index: int, *, num_model_gpus: int, num_gpus: int, memory_fraction: float | None
-) -> dict[str, str]:
-    """The environment variables of attention worker `index`: one GPU, and how much of its memory.
+def attention_environments(
+    platform: Platform, *, num_workers: int, num_model_gpus: int, num_gpus: int, memory_fraction: float | None
+) -> list[dict[str, str]]:
+    """For each attention worker the environment variables that give it its devices: a GPU, and how much of its memory.
 
     Workers take the GPUs behind those of the model, in turn; where the model has them all, they share its GPUs.
 
     Args:
-        num_gpus: how many there are.
+        num_gpus: how many this process sees.
         memory_fraction: of the GPU's memory; None shares out what the workers there take together.
+
+    Raises:
+        ValueError: there is no GPU.
     """
     if platform == "cpu":
-        return {"JAX_PLATFORMS": "cpu"}
-    gpu = attention_gpu(index, num_model_gpus=num_model_gpus, num_gpus=num_gpus)
+        return [{"JAX_PLATFORMS": "cpu"}] * num_workers
+    if num_gpus == 0:
+        raise ValueError("attention is to run on cuda, but there is no GPU; use attention_platform='cpu'.")
+    gpus = attention_gpus(num_workers, num_model_gpus=num_model_gpus, num_gpus=num_gpus)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(i) for i in range(num_gpus)]
-    environment = {"JAX_PLATFORMS": "cuda,cpu", "CUDA_VISIBLE_DEVICES": names[gpu]}
-    if memory_fraction is not None:
-        environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{memory_fraction:.4f}"
-    return environment
+    return [
+        {
+            "JAX_PLATFORMS": "cuda,cpu",
+            "CUDA_VISIBLE_DEVICES": names[gpu],
+            "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{memory_fraction or _fair_share(gpu, gpus, num_model_gpus):.3f}",
+        }
+        for gpu in gpus
+    ]
 
 
-def attention_gpu(index: int, *, num_model_gpus: int, num_gpus: int) -> int:
-    """The GPU of attention worker `index`, counted among those that this process sees."""
+def model_memory_fraction(*, num_workers: int, num_model_gpus: int, num_gpus: int) -> float:
+    """Of the memory of its GPUs, what the model may take, if `num_workers` attention workers run on GPUs too."""
+    gpus = attention_gpus(num_workers, num_model_gpus=num_model_gpus, num_gpus=num_gpus)
+    return min(_fair_share(gpu, gpus, num_model_gpus) for gpu in range(num_model_gpus))
+
+
+def attention_gpus(num_workers: int, *, num_model_gpus: int, num_gpus: int) -> list[int]:
+    """The GPU of each attention worker, counted among those that this process sees."""
     free = num_gpus - num_model_gpus
-    return num_model_gpus + index % free if free > 0 else index % num_gpus
+    return [num_model_gpus + i % free if free > 0 else i % num_gpus for i in range(num_workers)]
+
+
+def device_bytes(device: jax.Device) -> int | None:
+    """Memory of a GPU that JAX may take in this process; None for a CPU."""
+    return None if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
+
+
+def _fair_share(gpu: int, attention: Sequence[int], num_model_gpus: int) -> float:
+    return _GPU_MEMORY_SHARE / (attention.count(gpu) + (gpu < num_model_gpus))
 
 
 def _backend(platform: Platform) -> str:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from lamina_jax.runtime.control import ControlServer
@@ -31,16 +31,20 @@ _EXPLAIN_S: Final = 1.0
 
 
 class AttentionWorkerPool:
-    """Starts `num_workers` attention workers; `close` ends them, and so does the end of this process."""
+    """Starts attention workers; `close` ends them, and so does the end of this process."""
 
-    def __init__(self, num_workers: int) -> None:
+    def __init__(self, environments: Sequence[Mapping[str, str]]) -> None:
+        """Args:
+        environments: for each worker the variables that are not this process's, `places.attention_environments`.
+        """
         self._control = ControlServer()
         self._peers: dict[int, bytes] = {}
-        self._pending: dict[int, int] = dict.fromkeys(range(num_workers), 0)
+        self._memory: dict[int, int | None] = {}
+        self._pending: dict[int, int] = dict.fromkeys(range(len(environments)), 0)
         self._processes: list[subprocess.Popen] = []
         try:
-            for i in range(num_workers):
-                self._processes.append(self._spawn(i))
+            for i, environment in enumerate(environments):
+                self._processes.append(self._spawn(i, environment))
         except BaseException:
             self.close()
             raise
@@ -48,6 +52,12 @@ class AttentionWorkerPool:
     def names(self) -> list[str]:
         """As they appear in errors."""
         return [f"attention worker {i}" for i in self._pending]
+
+    def device_bytes(self) -> int | None:
+        """Memory that the worker with the least may take on its device, where that is a GPU. Waits for every worker to
+        be up; raises WorkerError if one does not come."""
+        self._wait(lambda: len(self._peers) == len(self._processes), _START_TIMEOUT_S, "start")
+        return min((n for n in self._memory.values() if n is not None), default=None)
 
     def configure(self, messages: Sequence[Configure]) -> None:
         """Waits for every worker to be up and gives each its share. Raises WorkerError if one does not come."""
@@ -112,14 +122,14 @@ class AttentionWorkerPool:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
 
-    def _spawn(self, index: int) -> subprocess.Popen:
+    def _spawn(self, index: int, environment: Mapping[str, str]) -> subprocess.Popen:
         command = [sys.executable, "-m", "lamina_jax.runtime.attention_worker"]
         arguments = [f"--control={self._control.address}", f"--index={index}", f"--engine_pid={os.getpid()}"]
         # A group of its own: a Ctrl-C in the terminal reaches the engine alone, which then ends its workers.
         return subprocess.Popen(
             command + arguments,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            env={**os.environ, **environment},
             process_group=0,
         )
 
@@ -144,6 +154,7 @@ class AttentionWorkerPool:
     def _take(self, peer: bytes, message: Hello | Done | Failed) -> None:
         if isinstance(message, Hello):
             self._peers[message.worker] = peer
+            self._memory[message.worker] = message.device_bytes
             return
         worker = next(index for index, known in self._peers.items() if known == peer)
         if isinstance(message, Failed):

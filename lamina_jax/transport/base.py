@@ -208,7 +208,11 @@ class Channel(abc.ABC):
         self.close()
 
 
-_KINDS = {"shm": "lamina_jax.transport.shm:ShmChannel"}
+_KINDS = {
+    "shm": "lamina_jax.transport.shm:ShmChannel",
+    "cuda_host": "lamina_jax.transport.cuda:CudaHostChannel",
+    "cuda_ipc": "lamina_jax.transport.cuda:CudaIpcChannel",
+}
 
 
 def channel_kinds() -> tuple[str, ...]:
@@ -236,9 +240,29 @@ def attach(address: ChannelAddress, *, role: Role, peer: str, timeout_s: float =
         role: The end to take.
         peer: What errors call the other end.
         timeout_s: Seconds that one send or recv waits at most.
-        **options: What else this kind of channel takes, e.g. `spin_us` of shm.
+        **options: What else this kind of channel takes, e.g. `spin_us` of shm, `device` of cuda_host.
     """
     return channel_class(address.kind).attach(address, role=role, peer=peer, timeout_s=timeout_s, **options)
+
+
+def slot_room(messages: Sequence[MessageSpec], *, num_slots: int, slot_bytes: int | None) -> int:
+    """Bytes per slot as `Channel.create` was asked for them: `slot_bytes`, or what the largest message takes.
+
+    Raises:
+        ValueError: A size is not positive or a message does not fit.
+    """
+    room = largest_message(messages) if slot_bytes is None else slot_bytes
+    if num_slots < 1 or room < 1:
+        raise ValueError(f"num_slots and slot_bytes must be at least 1, got {num_slots} and {room}")
+    for message in messages:
+        message.require_fits(room)
+    return _aligned(room)
+
+
+def require_wait(timeout_s: float, spin_us: float = 0.0) -> None:
+    """Raises ValueError unless an operation may wait for that long."""
+    if timeout_s <= 0 or spin_us < 0:
+        raise ValueError(f"timeout_s must be positive and spin_us not negative, got {timeout_s} and {spin_us}")
 
 
 def largest_message(messages: Sequence[MessageSpec]) -> int:

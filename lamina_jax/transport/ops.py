@@ -20,8 +20,8 @@ from jaxtyping import Array, Int32
 from lamina_jax import _custom_calls
 from lamina_jax.transport.base import Channel, MessageSpec, Role, Tag
 
-_FENCE = "lamina_fence"
-jax.ffi.register_ffi_target(_FENCE, _custom_calls.fence_handler(), platform="cpu")
+FENCE = "lamina_fence"
+jax.ffi.register_ffi_target(FENCE, _custom_calls.fence_handler(), platform="cpu")
 
 Stamp = Int32[Array, "3"]
 """[step, layer, batch] of the message. Travels with it and is compared on arrival."""
@@ -93,7 +93,7 @@ def fence(stamp: Stamp, values: Sequence[Array]) -> tuple[Stamp, list[Array]]:
     after the values. `jax.lax.optimization_barrier` does not do: XLA drops it before it runs a program on the CPU.
     """
     shapes = [_struct(stamp), *(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in values)]
-    call = jax.ffi.ffi_call(_FENCE, shapes, input_output_aliases={i: i for i in range(len(shapes))})
+    call = jax.ffi.ffi_call(FENCE, shapes, input_output_aliases={i: i for i in range(len(shapes))})
     stamp, *values = call(stamp, *values)
     return stamp, list(values)
 

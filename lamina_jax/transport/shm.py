@@ -6,14 +6,15 @@ from typing import Literal
 import jax
 
 from lamina_jax import _custom_calls
-from lamina_jax.transport.base import Channel, ChannelAddress, MessageSpec, Role, Tag, largest_message
+from lamina_jax.transport.base import Channel, ChannelAddress, MessageSpec, Role, Tag, require_wait, slot_room
 
 DEFAULT_SPIN_US = 50.0
 
-_SEND, _RECV = "lamina_shm_send", "lamina_shm_recv"
+SEND, RECV = "lamina_shm_send", "lamina_shm_recv"
+"""The custom calls of every end that a CPU operates."""
 
-jax.ffi.register_ffi_target(_SEND, _custom_calls.send_handler(), platform="cpu")
-jax.ffi.register_ffi_target(_RECV, _custom_calls.recv_handler(), platform="cpu")
+jax.ffi.register_ffi_target(SEND, _custom_calls.send_handler(), platform="cpu")
+jax.ffi.register_ffi_target(RECV, _custom_calls.recv_handler(), platform="cpu")
 for _tag in Tag:
     _custom_calls.name_tag(int(_tag), _tag.label)
 
@@ -64,13 +65,8 @@ class ShmChannel(Channel):
             spin_us: Microseconds that a wait polls before it sleeps.
             device: `jax.Device.local_hardware_id` of the one CPU device whose programs use this end; None for any.
         """
-        room = largest_message(messages) if slot_bytes is None else slot_bytes
-        if num_slots < 1 or room < 1:
-            raise ValueError(f"num_slots and slot_bytes must be at least 1, got {num_slots} and {room}")
-        _require_wait(timeout_s, spin_us)
-        for message in messages:
-            message.require_fits(room)
-        room = _custom_calls.align(room)
+        require_wait(timeout_s, spin_us)
+        room = slot_room(messages, num_slots=num_slots, slot_bytes=slot_bytes)
         handle = _custom_calls.ShmHandle.create(
             writer=role == "writer",
             peer=peer,
@@ -98,7 +94,7 @@ class ShmChannel(Channel):
         """Takes the free end of the ring at `address`; see `Channel.attach`."""
         if address.kind != "shm":
             raise ValueError(f"expected an address of kind 'shm', got {address.kind!r}")
-        _require_wait(timeout_s, spin_us)
+        require_wait(timeout_s, spin_us)
         handle = _custom_calls.ShmHandle.attach(
             writer=role == "writer",
             peer=peer,
@@ -120,7 +116,7 @@ class ShmChannel(Channel):
 
     @property
     def targets(self) -> dict[Literal["send", "recv"], str]:
-        return {"send": _SEND, "recv": _RECV}
+        return {"send": SEND, "recv": RECV}
 
     @property
     def peer_pid(self) -> int | None:
@@ -139,8 +135,3 @@ class ShmChannel(Channel):
 
     def close(self) -> None:
         self._handle.close()
-
-
-def _require_wait(timeout_s: float, spin_us: float) -> None:
-    if timeout_s <= 0 or spin_us < 0:
-        raise ValueError(f"timeout_s must be positive and spin_us not negative, got {timeout_s} and {spin_us}")

@@ -8,16 +8,35 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lamina_jax.transport import Channel, ChannelAddress, Role, Tag, attach, channel_class, make_stamp, recv, send
+from lamina_jax.transport import (
+    Channel,
+    ChannelAddress,
+    Role,
+    Tag,
+    attach,
+    channel_class,
+    cuda,
+    make_stamp,
+    recv,
+    send,
+)
 
 DTYPES = ("bfloat16", "float16", "float32", "int32")
 LIMIT_S = 60.0  # what no answer of a healthy peer takes
+ON_CPU: dict[str, dict] = {"shm": {}, "cuda_host": {"device": None}}
+"""The kinds whose ends a CPU can operate both, and what `create` has to be told for it."""
+
+
+def create(kind: str, **options) -> Channel:
+    """`Channel.create` for the CPU, unless told otherwise."""
+    return channel_class(kind).create(**(ON_CPU.get(kind, {}) | options))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +70,9 @@ def send_all(channels: Sequence[Channel], mails: Sequence[Mail]) -> None:
             stamp = send(channels, _advance(stamp, before, mail), tensors, tag=mail.tag)
         return stamp
 
-    jax.jit(program)(_first(mails), [[jnp.asarray(x) for x in mail.contents()] for mail in mails]).block_until_ready()
+    contents = [[jnp.asarray(x) for x in mail.contents()] for mail in mails]
+    jax.jit(program)(_first(mails), contents).block_until_ready()
+    _raise_failure(channels)
 
 
 def recv_all(channels: Sequence[Channel], mails: Sequence[Mail]) -> list[list[np.ndarray]]:
@@ -64,7 +85,9 @@ def recv_all(channels: Sequence[Channel], mails: Sequence[Mail]) -> list[list[np
             received.append(tensors)
         return received, stamp
 
-    return jax.tree.map(np.asarray, jax.jit(program)(_first(mails)))[0]
+    received, _ = jax.tree.map(np.asarray, jax.jit(program)(_first(mails)))
+    _raise_failure(channels)
+    return received
 
 
 def echo(inbox: Channel, outbox: Channel, mail: Mail, count: int) -> None:
@@ -77,6 +100,7 @@ def echo(inbox: Channel, outbox: Channel, mail: Mail, count: int) -> None:
 
     layers = jnp.arange(count, dtype=jnp.int32)
     jax.jit(lambda: jax.lax.scan(body, make_stamp(0), layers)[0])().block_until_ready()
+    _raise_failure([inbox, outbox])
 
 
 def ping(outbox: Channel, inbox: Channel, mail: Mail, count: int) -> list[np.ndarray]:
@@ -89,7 +113,16 @@ def ping(outbox: Channel, inbox: Channel, mail: Mail, count: int) -> list[np.nda
         return stamp, tensors
 
     layers = jnp.arange(count, dtype=jnp.int32)
-    return [np.asarray(x) for x in jax.jit(lambda: jax.lax.scan(body, make_stamp(0), layers))()[1]]
+    received = [np.asarray(x) for x in jax.jit(lambda: jax.lax.scan(body, make_stamp(0), layers))()[1]]
+    _raise_failure([outbox, inbox])
+    return received
+
+
+def _raise_failure(channels: Sequence[Channel]) -> None:
+    """What a GPU's custom calls could not raise when they were called."""
+    for channel in channels:
+        if error := channel.error():
+            raise error
 
 
 def _first(mails: Sequence[Mail]) -> jax.Array:
@@ -107,10 +140,10 @@ def _advance(stamp: jax.Array, before: Mail | None, mail: Mail) -> jax.Array:
 class Peer:
     """A process that holds other ends of channels and does with them what it is told, one order at a time."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, platforms: str = "cpu"):
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), name=name, daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, platforms), name=name, daemon=True)
         self._process.start()
         theirs.close()
         self._channels = itertools.count()
@@ -134,6 +167,11 @@ class Peer:
         self.start(order, *arguments)
         return self.result()
 
+    def create(self, kind: str, role: Role, **options) -> tuple[int, ChannelAddress]:
+        """Lets the peer make a channel; returns the number by which later orders name it, and the address."""
+        number = next(self._channels)
+        return number, self.do("create", number, kind, role, options)
+
     def attach(self, address: ChannelAddress, **options) -> int:
         """Lets the peer take the free end; returns the number by which later orders name it."""
         number = next(self._channels)
@@ -156,8 +194,8 @@ class Peer:
 
 
 @contextlib.contextmanager
-def running_peer(name: str) -> Iterator[Peer]:
-    peer = Peer(name)
+def running_peer(name: str, platforms: str = "cpu") -> Iterator[Peer]:
+    peer = Peer(name, platforms)
     try:
         yield peer
     finally:
@@ -169,12 +207,13 @@ class _Orders:
 
     def __init__(self) -> None:
         self._channels: dict[int, Channel] = {}
+        self._background: Future = Future()
 
     def attach(self, number: int, address: ChannelAddress, role: Role, options: dict) -> None:
         self._channels[number] = attach(address, role=role, peer="the test", **options)
 
     def create(self, number: int, kind: str, role: Role, options: dict) -> ChannelAddress:
-        channel = channel_class(kind).create(role=role, peer="the test", messages=[], **options)
+        channel = create(kind, role=role, peer="the test", messages=[], **options)
         self._channels[number] = channel
         return channel.address
 
@@ -214,6 +253,43 @@ class _Orders:
         recv_all([self._channels[number]], [mail])
         self._channels[aborted].abort()
 
+    def ask_in_background(self, there: int, back: int, mail: Mail) -> None:
+        """Sends `mail`, then waits for an answer to it, in a thread."""
+
+        def program(stamp):
+            stamp = send([self._channels[there]], stamp, [jnp.asarray(x) for x in mail.contents()], tag=mail.tag)
+            return recv([self._channels[back]], stamp, mail.specs, tag=Tag.ATTENDED)
+
+        def ask() -> None:
+            jax.block_until_ready(jax.jit(program)(_first([mail])))
+            _raise_failure([self._channels[back]])
+
+        self._background = ThreadPoolExecutor(1).submit(ask)
+
+    def background_error(self) -> str:
+        return str(self._background.exception(LIMIT_S))
+
+    def end(self, number: int, how: str) -> None:
+        """Calls `abort` or `close`."""
+        getattr(self._channels[number], how)()
+
+    def replay(self, there: int, back: int, mail: Mail, count: int) -> tuple[list[np.ndarray], int]:
+        """As `ping`, but each round is a run of one small program. Returns also how many calls the host has made."""
+        contents = [jnp.asarray(x) for x in mail.contents()]
+
+        @jax.jit
+        def program(stamp):
+            layer = stamp[1]
+            stamp = send([self._channels[there]], stamp, [x + layer.astype(x.dtype) for x in contents], tag=mail.tag)
+            return recv([self._channels[back]], stamp, mail.specs, tag=mail.tag)
+
+        stamps = [make_stamp(0, layer) for layer in range(count)]
+        before = cuda.launch_count()
+        received = [program(stamp)[0] for stamp in stamps]
+        stacked = [np.stack([np.asarray(x) for x in tensors]) for tensors in zip(*received, strict=True)]
+        _raise_failure([self._channels[there], self._channels[back]])
+        return stacked, cuda.launch_count() - before
+
     def failure(self, number: int) -> str | None:
         return self._channels[number].failure
 
@@ -221,8 +297,8 @@ class _Orders:
         self._channels.pop(number).close()
 
 
-def _serve(connection: Connection) -> None:
-    jax.config.update("jax_platforms", "cpu")
+def _serve(connection: Connection, platforms: str) -> None:
+    jax.config.update("jax_platforms", platforms)
     orders = _Orders()
     with contextlib.suppress(EOFError):
         while True:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from channel_peer import DTYPES, LIMIT_S, Mail, echo, ping, recv_all, running_peer, send_all
+from channel_peer import DTYPES, LIMIT_S, Mail, create, echo, ping, recv_all, running_peer, send_all
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -85,7 +85,7 @@ def test_any_traffic_arrives_in_order(kind, peer, traffic, we_send):
     mails, (sent, send_stalls), (received, recv_stalls), num_slots = traffic
     messages = [MessageSpec(mail.tag, tuple(mail.specs)) for mail in mails]
     options = {"peer": "the peer", "messages": messages, "num_slots": num_slots, "timeout_s": 30.0}
-    with channel_class(kind).create(role="writer" if we_send else "reader", **options) as mine:
+    with create(kind, role="writer" if we_send else "reader", **options) as mine:
         theirs = peer.attach(mine.address)
         if we_send:
             peer.start("recv", theirs, received, recv_stalls)
@@ -210,7 +210,7 @@ def test_channels_of_the_batches_go_together(connect, peer, kind):
     with pytest.raises(ValueError, match="expected the writer's end of the channel, got the reader's"):
         send([there.mine, back.mine], stamp, [], tag=Tag.Q)
     with (
-        channel_class(kind).create(role="writer", peer="a stranger", messages=[]) as stray,
+        create(kind, role="writer", peer="a stranger", messages=[]) as stray,
         pytest.raises(ValueError, match=r"to have one peer, got a stranger \(.*\), the peer \("),
     ):
         send([there.mine, stray], stamp, [], tag=Tag.Q)
@@ -306,7 +306,7 @@ def test_full_ring_is_a_deadline_error(connect, peer):
 
 
 def test_peer_that_never_attaches_is_a_deadline_error(kind):
-    with channel_class(kind).create(role="reader", peer="nobody", messages=[], timeout_s=0.1) as channel:
+    with create(kind, role="reader", peer="nobody", messages=[], timeout_s=0.1) as channel:
         assert channel.peer_pid is None
         with pytest.raises(FAILS, match=r"from nobody \(not attached yet\) failed: no message came"):
             recv_all([channel], [Mail()])
@@ -382,7 +382,7 @@ def test_message_larger_than_a_slot_is_refused(kind, connect, peer):
     large = MessageSpec(Tag.KV, (jax.ShapeDtypeStruct((1024,), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)))
     words = r"message 'kv' \(float32\[1024\], int32\[1\]\) takes 4160 bytes and a slot of the channel has 4096"
     with pytest.raises(ValueError, match=words):
-        channel_class(kind).create(role="writer", peer="the peer", messages=[large], slot_bytes=4096)
+        create(kind, role="writer", peer="the peer", messages=[large], slot_bytes=4096)
     there, back = connect(peer, "writer"), connect(peer, "reader")
     with pytest.raises(ValueError, match=words):
         send([there.mine], make_stamp(0), [jnp.zeros(1024), jnp.zeros(1, jnp.int32)], tag=Tag.KV)
@@ -392,7 +392,7 @@ def test_message_larger_than_a_slot_is_refused(kind, connect, peer):
 
 def test_slot_takes_the_largest_message(kind):
     messages = [MessageSpec(Tag.Q, (jax.ShapeDtypeStruct((n,), jnp.bfloat16),)) for n in (3, 100)]
-    with channel_class(kind).create(role="writer", peer="the peer", messages=messages) as channel:
+    with create(kind, role="writer", peer="the peer", messages=messages) as channel:
         assert channel.slot_bytes == messages[1].nbytes == 256
 
 
@@ -433,7 +433,7 @@ def test_taken_end_is_refused(connect, peer):
 @pytest.mark.parametrize(("name", "value"), [("num_slots", 0), ("slot_bytes", 0), ("timeout_s", 0.0)])
 def test_senseless_sizes_are_refused(kind, name, value):
     with pytest.raises(ValueError, match=name):
-        channel_class(kind).create(role="writer", peer="the peer", messages=[], **{name: value})
+        create(kind, role="writer", peer="the peer", messages=[], **{name: value})
 
 
 def test_unknown_kind_lists_the_known():

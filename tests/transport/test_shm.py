@@ -82,13 +82,39 @@ def test_address_survives_a_control_connection(ring):
     assert msgspec.msgpack.decode(encoded, type=type(ring.address)) == ring.address
 
 
-def test_ring_under_thread_sanitizer(tmp_path):
+@pytest.mark.parametrize(
+    ("program", "lines"),
+    [
+        ("ring_race", ["20000 messages, aborted: 1"]),
+        (
+            "gpu_end_race",
+            [
+                f"{name}: good"
+                for name in (
+                    "GpuToCpu",
+                    "CpuToGpu",
+                    "GpuToGpu",
+                    "Timeouts",
+                    "StopsWhileWaiting",
+                    "WhatWasSentIsDelivered",
+                    "StoppedBefore",
+                    "UnexpectedMessage",
+                    "BatchWithoutChannel",
+                    "ClosedEnd",
+                    "TooLarge",
+                )
+            ],
+        ),
+    ],
+)
+def test_ring_under_thread_sanitizer(tmp_path, program, lines):
     here = pathlib.Path(__file__).parent
-    ring = here.parent.parent / "custom_calls"
-    sources = [here / "ring_race.cc", ring / "shm_channel.cc"]
-    flags = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", "-Wl,--wrap=mmap,--wrap=munmap", f"-I{ring}"]
-    program = tmp_path / "ring_race"
-    subprocess.run(["g++", *flags, *map(str, sources), "-o", str(program)], check=True, timeout=120)
+    calls = here.parent.parent / "custom_calls"
+    sources = [here / f"{program}.cc", calls / "shm_channel.cc", calls / "wording.cc"]
+    flags = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fsanitize=thread"]
+    flags += ["-Wl,--wrap=mmap,--wrap=munmap", f"-I{calls}", f"-I{calls / 'cuda'}"]
+    binary = tmp_path / program
+    subprocess.run(["g++", *flags, *map(str, sources), "-o", str(binary)], check=True, timeout=120)
     # -R: the sanitizer of older compilers does not know how far newer kernels spread addresses.
-    done = subprocess.run(["setarch", "-R", str(program)], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout) == (0, "20000 messages, aborted: 1\n"), done.stdout + done.stderr
+    done = subprocess.run(["setarch", "-R", str(binary)], capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stdout.splitlines()) == (0, lines), done.stdout + done.stderr
