@@ -60,17 +60,3 @@ def merge(a: Partial, b: Partial) -> Partial:
         maximum=maximum,
         denominator=a.denominator * scale_a + b.denominator * scale_b,
     )
-
-
-def merge_splits(parts: Partial) -> Partial:
-    """The attention over the union of disjoint sets of tokens, stacked along a new first axis; any may be empty."""
-    if parts.maximum.shape[0] == 1:
-        return jax.tree.map(lambda x: x[0], parts)
-    maximum = parts.maximum.max(axis=0)
-    pivot = jnp.where(jnp.isneginf(maximum), 0.0, maximum)
-    scale = jnp.exp(parts.maximum - pivot)
-    return Partial(
-        weighted=(parts.weighted * scale[..., None]).sum(axis=0),
-        maximum=maximum,
-        denominator=(parts.denominator * scale).sum(axis=0),
-    )

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -27,7 +28,7 @@ from jaxtyping import Array, DTypeLike
 
 from lamina_jax.attention.cache import PagedCache, StepTables
 from lamina_jax.attention.kernels.xla import XlaKernel
-from lamina_jax.attention.merge import Partial, merge_splits
+from lamina_jax.attention.merge import Partial
 from lamina_jax.attention.params import LayerParams
 
 _LOG2E = math.log2(math.e)
@@ -87,14 +88,18 @@ class MosaicKernel(XlaKernel):
             )
         if page_size < 8 or page_size & (page_size - 1):
             raise ValueError(
-                f"The attention kernel 'mosaic' needs a page_size that is a power of two of at least 8, got {page_size}; "
-                "set page_size, or use attention_kernel='xla'."
+                f"The attention kernel 'mosaic' needs a page_size that is a power of two of at least 8, got "
+                f"{page_size}; set page_size, or use attention_kernel='xla'."
             )
 
     def attend_cached(self, q, cache: PagedCache, layer, tables: StepTables, params: LayerParams) -> Partial:
         plan = self._plan(q.shape, cache, tables)
-        o, m, l = _call(plan, self.interpret, q, cache, layer, tables, params)
-        return merge_splits(Partial(weighted=plan.unfold(o), maximum=plan.unfold(m), denominator=plan.unfold(l)))
+        weighted, maximum, denominator = _merge_splits(*_call(plan, self.interpret, q, cache, layer, tables, params))
+        return Partial(
+            weighted=plan.unfold(weighted),
+            maximum=plan.unfold(maximum),
+            denominator=plan.unfold(denominator),
+        )
 
     def _plan(self, q_shape: tuple[int, ...], cache: PagedCache, tables: StepTables) -> "_Plan":
         batch, tokens, num_heads, head_dim = q_shape
@@ -178,15 +183,11 @@ class _Plan:
         return q.reshape(self.batch, self.num_kv_heads * self.tiles, self.tile, self.head_dim)
 
     def unfold(self, x: Array) -> Array:
-        """[batch, num_kv_heads * tiles, splits, ..., tile] as [splits, batch, tokens, num_heads, ...]."""
-        inner = x.shape[3:-1]
-        x = x.reshape(self.batch, self.num_kv_heads, self.tiles, self.splits, *inner, self.tile)
-        x = jnp.moveaxis(x, -1, 3)  # batch, kv head, tile, row, split, inner
-        x = x.reshape(self.batch, self.num_kv_heads, self.tiles * self.tile, self.splits, *inner)
-        x = x[:, :, : self.tokens * self.group]
-        x = x.reshape(self.batch, self.num_kv_heads, self.tokens, self.group, self.splits, *inner)
-        x = jnp.moveaxis(jnp.moveaxis(x, 4, 0), 3, 2)  # split, batch, token, kv head, group, inner
-        return x.reshape(self.splits, self.batch, self.tokens, self.num_kv_heads * self.group, *inner)
+        """[batch, num_kv_heads * tiles, tile, ...] as [batch, tokens, num_heads, ...]: undoes `fold`."""
+        inner = x.shape[3:]
+        x = x.reshape(self.batch, self.num_kv_heads, self.tiles * self.tile, *inner)[:, :, : self.tokens * self.group]
+        x = jnp.moveaxis(x.reshape(self.batch, self.num_kv_heads, self.tokens, self.group, *inner), 2, 1)
+        return x.reshape(self.batch, self.tokens, self.num_kv_heads * self.group, *inner)
 
 
 def _call(
@@ -198,7 +199,9 @@ def _call(
     tables: StepTables,
     params: LayerParams,
 ) -> tuple[Array, Array, Array]:
-    """Per split, ``weighted [batch, heads, splits, head_dim, tile]``, ``maximum`` and ``denominator`` (no head_dim)."""
+    """``weighted [batch, heads, splits, head_dim, tile]``, and ``maximum`` and ``denominator`` without head_dim.
+
+    Heads are here the tiles of all KV heads."""
     heads = plan.num_kv_heads * plan.tiles
     stat = jax.ShapeDtypeStruct((plan.batch, heads, plan.splits, plan.tile), jnp.float32)
     out = jax.ShapeDtypeStruct((plan.batch, heads, plan.splits, plan.head_dim, plan.tile), jnp.float32)
@@ -215,7 +218,8 @@ def _call(
     kernel = plgpu.kernel(
         paged_attention,
         out_type=(out, stat, stat),
-        # Splits vary fastest, so that neighbours in time read neighbours in memory.
+        # Sequences vary fastest and splits slowest: long contexts start first, and what is beyond the end of short
+        # ones, which is no work, comes last.
         grid=(plan.splits, heads, plan.batch),
         grid_names=("split", "head", "sequence"),
         num_threads=2,
@@ -232,6 +236,22 @@ def _call(
         jnp.asarray(tables.context_lens, jnp.int32),
         tuple(scalars),
     )
+
+
+def _merge_splits(weighted: Array, maximum: Array, denominator: Array) -> tuple[Array, Array, Array]:
+    """What `_call` returns, head_dim last and without its axis of splits: `merge` over all of them.
+
+    Two reductions, because XLA makes each one GPU kernel; written one array at a time it would make four."""
+
+    def merge(a, b):
+        maximum = jnp.maximum(a[0], b[0])
+        pivot = jnp.where(maximum == -jnp.inf, 0.0, maximum)
+        return maximum, a[1] * jnp.exp(a[0] - pivot) + b[1] * jnp.exp(b[0] - pivot)
+
+    empty = np.float32(-np.inf), np.float32(0.0)
+    merged, denominator = lax.reduce((maximum, denominator), empty, merge, (2,))
+    scale = jnp.exp(maximum - jnp.where(merged == -jnp.inf, 0.0, merged)[:, :, None])
+    return (jnp.swapaxes(weighted, -1, -2) * scale[..., None]).sum(axis=2), merged, denominator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,7 +336,7 @@ class _Work:
 
 
 def _load_pages(plan: _Plan, work: _Work, find, *sources) -> None:
-    """Streams the blocks of every (pages, ring). `find` gives a page's row in `pages` from its place in the sequence."""
+    """Streams the blocks of every (pages, ring). `find` makes a page's place in the sequence its row in `pages`."""
     last_page = lax.div(jnp.maximum(work.context - 1, 0), jnp.int32(plan.page_size))
 
     def rows_of(block) -> list[Any]:
@@ -386,7 +406,9 @@ def _capped(scores, soft_cap):
     if soft_cap is None:
         return scores
     cap = soft_cap * _LOG2E
-    return jnp.where(soft_cap == jnp.inf, scores, cap * _tanh(scores / cap))
+    # Compared as an array: a selection by one flag for all would not compile.
+    uncapped = jnp.full(scores.shape, soft_cap) == jnp.inf
+    return jnp.where(uncapped, scores, cap * _tanh(scores / cap))
 
 
 def _tanh(x):
