@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from pathlib import Path
 
-from lamina_jax.attention.kernels import get_kernel
+from lamina_jax.attention.kernels import check_name
 from lamina_jax.models import ModelConfig
 
 _CACHE_SHARE_OF_MEMORY = 0.25
@@ -27,7 +27,7 @@ class EngineConfig:
     num_batches: int = 2
     overlap: bool = True
     kv_cache_bytes: int | None = None
-    attention_kernel: str = "xla"
+    attention_kernel: str = "auto"
     timeout_s: float = 60.0
     seed: int = 0
     trace_dir: str | None = None
@@ -48,7 +48,7 @@ class EngineConfig:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
         if not isinstance(self.timeout_s, int | float) or not self.timeout_s > 0:
             raise ValueError(f"timeout_s must be a positive number of seconds, got {self.timeout_s!r}.")
-        get_kernel(self.attention_kernel)
+        check_name(self.attention_kernel)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

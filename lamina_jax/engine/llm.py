@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from lamina_jax.attention.kernels import KernelTarget, choose_kernel
 from lamina_jax.engine.config import EngineConfig, size_cache
 from lamina_jax.engine.outputs import RequestOutput
 from lamina_jax.engine.progress import Progress
@@ -61,7 +62,8 @@ class LLM:
         num_batches: batches in flight at a time, so that one's slices run while another's attention does; 1 is off.
         overlap: start attention over the cache while k and v are still being computed.
         kv_cache_bytes: memory for the KV cache over all workers; by default a quarter of what is free at most.
-        attention_kernel: name in `lamina_jax.attention.kernels.KERNELS`.
+        attention_kernel: name in `lamina_jax.attention.kernels.KERNELS`, or "auto" for the fastest one that runs on
+            the attention devices: "mosaic" on Hopper GPUs if the cache suits it, else "xla".
         timeout_s: longest that one device waits for one message of another, in seconds.
         seed: for requests whose SamplingParams name none.
         trace_dir: write a timeline of slices, messages and attention there on `close`, trace.json, for Perfetto or
@@ -388,7 +390,12 @@ def _make_executor(
     devices: Sequence[SingleDeviceSharding],
     limits: SchedulerLimits,
 ) -> Executor:
-    cache = CacheConfig(page_size=limits.page_size, num_pages=limits.num_pages, kernel=config.attention_kernel)
+    kv = model.sites[0].kv
+    # Workers run on CPUs, whatever the engine runs on.
+    device = jax.local_devices(backend=None if pool is None else "cpu")[0]
+    target = KernelTarget.of_device(device, dtype=kv.dtype.name, head_dim=kv.shape[3], page_size=limits.page_size)
+    kernel = choose_kernel(config.attention_kernel, target)
+    cache = CacheConfig(page_size=limits.page_size, num_pages=limits.num_pages, kernel=kernel)
     if pool is None:
         return UnsplitExecutor(model, cache)
     return SplitExecutor(
