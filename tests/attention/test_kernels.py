@@ -20,8 +20,8 @@ from lamina_jax.testing.attention import CASES, Case, World, check_kernel, run_s
 
 SUBJECTS: dict[str, AttentionKernel] = {
     "xla": XlaKernel(),
-    # Splits as short as they can be, so that small cases have several.
-    "mosaic": MosaicKernel(interpret=InterpretGPUParams(detect_races=True), split_tokens=64),
+    # Splits of two blocks, so that small cases have several splits and several blocks.
+    "mosaic": MosaicKernel(interpret=InterpretGPUParams(detect_races=True), split_tokens=128),
 }
 
 
@@ -128,6 +128,13 @@ def test_append_writes_the_new_tokens_and_nothing_else(name):
 def test_unknown_kernel_names_the_known_ones():
     with pytest.raises(ValueError, match=r"Unknown attention kernel 'nope'.*'mosaic', 'xla'"):
         get_kernel("nope")
+
+
+def test_blocks_take_the_place_of_those_before_them_only_when_these_are_used_up():
+    """Nine blocks of keys through three stages."""
+    kernel = MosaicKernel(interpret=InterpretGPUParams(detect_races=True), split_tokens=576)
+    case = Case((570,), (1,), num_heads=2, num_kv_heads=1, head_dim=128, page_size=64, dtype="bfloat16")
+    check_kernel(kernel, World.make(case))
 
 
 HOPPER = KernelTarget(platform="cuda", compute_capability="9.0", dtype="bfloat16", head_dim=128, page_size=16)
