@@ -192,6 +192,12 @@ def _load_pages(plan: Plan, work: _Work, find, *sources) -> None:
 
     lax.fori_loop(0, work.num_blocks, load, rows_of(jnp.int32(0)))
 
+    # Every arrival at a barrier is awaited, also of the blocks that no other takes the place of.
+    @pl.loop(jnp.maximum(work.num_blocks - plan.stages, 0), work.num_blocks)
+    def _drain(block) -> None:
+        for _, ring in sources:
+            plgpu.barrier_wait(ring.free.at[lax.rem(block, jnp.int32(plan.stages))])
+
 
 def _attend_block(plan: Plan, work: _Work, scale, soft_cap, q, p_shared, ring_k: _Ring, ring_v: _Ring, block, state):
     """One step of the online softmax (Milakov and Gimelshein, arXiv 1805.02867), in powers of two."""
