@@ -52,33 +52,34 @@ def test_kernel_equals_float64(kernel_name, name):
     check_kernel(SUBJECTS[kernel_name], World.make(fitted(kernel_name, CASES[name])))
 
 
-@st.composite
-def random_cases(draw) -> Case:
-    rows = draw(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 5)), min_size=1, max_size=4))
+RANDOM_SHAPES = {
+    "rows": st.lists(st.tuples(st.integers(0, 40), st.integers(1, 5)), min_size=1, max_size=4),
+    "heads": st.sampled_from([(1, 1), (4, 2), (6, 3), (4, 4), (8, 1)]),
+    "page_size": st.integers(1, 16),
+    "window": st.none() | st.integers(1, 50),
+    "soft_cap": st.none() | st.floats(0.5, 50.0),
+    "seed": st.integers(0, 1000),
+}
+
+
+def check_random_shape(kernel_name, rows, heads, page_size, window, soft_cap, seed):
     context_lens, num_new = zip(*rows, strict=True)
-    num_heads, num_kv_heads = draw(st.sampled_from([(1, 1), (4, 2), (6, 3), (4, 4), (8, 1)]))
-    return Case(
-        context_lens,
-        num_new,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        page_size=draw(st.integers(1, 16)),
-        window=draw(st.none() | st.integers(1, 50)),
-        soft_cap=draw(st.none() | st.floats(0.5, 50.0)),
-    )
+    params = {"window": window, "soft_cap": soft_cap}
+    case = Case(context_lens, num_new, num_heads=heads[0], num_kv_heads=heads[1], page_size=page_size, **params)
+    check_kernel(SUBJECTS[kernel_name], World.make(fitted(kernel_name, case), seed))
 
 
-@given(case=random_cases(), seed=st.integers(0, 1000))
+@given(**RANDOM_SHAPES)
 @settings(max_examples=15, deadline=None)
-def test_xla_kernel_equals_float64_on_random_shapes(case, seed):
-    check_kernel(SUBJECTS["xla"], World.make(case, seed))
+def test_xla_kernel_equals_float64_on_random_shapes(**shape):
+    check_random_shape("xla", **shape)
 
 
 # Interpret mode takes seconds for an example.
-@given(case=random_cases(), seed=st.integers(0, 1000))
+@given(**RANDOM_SHAPES)
 @settings(max_examples=4, deadline=None)
-def test_mosaic_kernel_equals_float64_on_random_shapes(case, seed):
-    check_kernel(SUBJECTS["mosaic"], World.make(fitted("mosaic", case), seed))
+def test_mosaic_kernel_equals_float64_on_random_shapes(**shape):
+    check_random_shape("mosaic", **shape)
 
 
 @pytest.mark.parametrize("kernel_name", SUBJECTS)

@@ -4,7 +4,6 @@ import abc
 import dataclasses
 from typing import Any, ClassVar
 
-import jax
 from jaxtyping import Array, Float, Int
 
 from lamina_jax.attention.cache import PagedCache, StepTables
@@ -27,8 +26,8 @@ class KernelTarget:
     """Tokens in a page."""
 
     @classmethod
-    def of_device(cls, device: jax.Device, **cache: Any) -> "KernelTarget":
-        """That device; `cache` are the other fields."""
+    def of_device(cls, device: Any, **cache: Any) -> "KernelTarget":
+        """A `jax.Device`; `cache` are the other fields."""
         # JAX calls both kinds of GPU "gpu" where it lists devices; only CUDA's have a compute capability "x.y".
         capability = getattr(device, "compute_capability", None)
         if device.platform != "gpu":

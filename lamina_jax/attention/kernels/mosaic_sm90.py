@@ -92,7 +92,8 @@ class _Ring:
 
 
 def _scratch(plan: Plan) -> list[Any]:
-    transforms = (plgpu.TilingTransform((8, _SWIZZLE // 2)), plgpu.SwizzleTransform(_SWIZZLE))
+    tiling = plgpu.TilingTransform((8, _SWIZZLE // 2))  # pyright: ignore[reportAbstractUsage]
+    transforms = (tiling, plgpu.SwizzleTransform(_SWIZZLE))  # pyright: ignore[reportAbstractUsage]
     shared = lambda *shape: plgpu.SMEM(shape, plan.dtype, transforms=transforms)  # noqa: E731
     ring = [
         shared(plan.stages, BLOCK, plan.head_dim),
@@ -232,7 +233,7 @@ def _product(a, b) -> Array:
         plgpu.wgmma(accumulator, a, b)
         return accumulator[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32))
 
 
 def _capped(scores, soft_cap):
