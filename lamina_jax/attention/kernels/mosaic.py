@@ -187,7 +187,8 @@ class Plan:
 def _merge_splits(weighted: Array, maximum: Array, denominator: Array) -> tuple[Array, Array, Array]:
     """What `attend_splits` returns, head_dim last and without its axis of splits: `merge` over all of them.
 
-    Two reductions, because XLA makes each one GPU kernel; written one array at a time it would make four."""
+    Two reductions, because XLA makes each one GPU kernel (and one of the swap of axes); written one array at a time it
+    would make four."""
 
     def merge(a, b):
         maximum = jnp.maximum(a[0], b[0])

@@ -145,9 +145,8 @@ class _Work:
     context: Any
     """Tokens of the sequence in the cache."""
     window: Any
-    first_token: Any
-    """New token, counted from the first of the step, that row 0 belongs to."""
     first_row: Any
+    """Row of the KV head that is the first of this tile."""
     first_block: Any
     num_blocks: Any
 
@@ -161,7 +160,7 @@ class _Work:
         blocks = plan.split_tokens // BLOCK
         first_block = lax.div(first_key, jnp.int32(BLOCK)) + split * blocks
         end = jnp.minimum(first_block + blocks, lax.div(context + BLOCK - 1, jnp.int32(BLOCK)))
-        return cls(context, window, first_token, first_row, first_block, jnp.maximum(end - first_block, 0))
+        return cls(context, window, first_row, first_block, jnp.maximum(end - first_block, 0))
 
 
 def _load_pages(plan: Plan, work: _Work, find, *sources) -> None:
