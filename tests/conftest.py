@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from jax.extend import source_info_util
 
-jax.config.update("jax_platforms", "cpu")
+# Tests of GPU code need "cuda", or "cuda,cpu"; everything else runs on the CPU wherever it is.
+jax.config.update("jax_platforms", os.environ.get("LAMINA_TEST_PLATFORM", "cpu"))
 # For runs with several replicas of the model.
 jax.config.update("jax_num_cpu_devices", 3)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

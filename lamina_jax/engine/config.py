@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from pathlib import Path
 
-from lamina_jax.attention.kernels import get_kernel
+from lamina_jax.attention.kernels import check_name
 from lamina_jax.models import ModelConfig
 from lamina_jax.runtime.places import check_platforms
 
@@ -34,7 +34,7 @@ class EngineConfig:
     min_batch_seqs: int = 32
     overlap: bool = True
     kv_cache_bytes: int | None = None
-    attention_kernel: str = "xla"
+    attention_kernel: str = "auto"
     timeout_s: float = 60.0
     seed: int = 0
     trace_dir: str | None = None
@@ -63,7 +63,7 @@ class EngineConfig:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {fraction!r}.")
         check_platforms(self.model_platform, self.attention_platform)
         self._check_division()
-        get_kernel(self.attention_kernel)
+        check_name(self.attention_kernel)
 
     def _check_division(self) -> None:
         if self.tensor_parallel_size == 1:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
+from lamina_jax.attention.kernels import KernelTarget, choose_kernel
 from lamina_jax.engine.config import EngineConfig, size_cache
 from lamina_jax.engine.interrupts import keeps_ctrl_c
 from lamina_jax.engine.outputs import RequestOutput
@@ -82,7 +83,8 @@ class LLM:
         min_batch_seqs: sequences that each batch must get before there is another one.
         overlap: start attention over the cache while k and v are still being computed.
         kv_cache_bytes: memory for the KV cache over all workers; by default a quarter of what is free at most.
-        attention_kernel: name in `lamina_jax.attention.kernels.KERNELS`.
+        attention_kernel: name in `lamina_jax.attention.kernels.KERNELS`, or "auto" for the fastest one that runs on
+            the attention devices: "mosaic" on Hopper GPUs if the cache suits it, else "xla".
         timeout_s: longest that one device waits for one message of another, in seconds.
         seed: for requests whose SamplingParams name none.
         trace_dir: write a timeline of slices, messages and attention there on `close`, trace.json, for Perfetto or
@@ -438,7 +440,13 @@ def _make_executor(
     places: Sequence[Sharding],
     limits: SchedulerLimits,
 ) -> Executor:
-    cache = CacheConfig(page_size=limits.page_size, num_pages=limits.num_pages, kernel=config.attention_kernel)
+    kv = model.sites[0].kv
+    # GPUs of one host are taken to be of one kind: the engine has no attention worker's at hand.
+    on_cpu = pool is not None and config.attention_platform == "cpu"
+    device = jax.local_devices(backend="cpu" if on_cpu else None)[0]
+    target = KernelTarget.of_device(device, dtype=kv.dtype.name, head_dim=kv.shape[3], page_size=limits.page_size)
+    kernel = choose_kernel(config.attention_kernel, target)
+    cache = CacheConfig(page_size=limits.page_size, num_pages=limits.num_pages, kernel=kernel)
     if pool is None:
         return UnsplitExecutor(model, cache)
     return SplitExecutor(

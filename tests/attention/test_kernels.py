@@ -1,4 +1,4 @@
-"""The conformance suite of attention kernels: every kernel in KERNELS against float64 attention over plain arrays."""
+"""Every attention kernel against float64 attention; GPU kernels in interpret mode, with race detection."""
 
 import dataclasses
 
@@ -8,202 +8,106 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # there is no public way to ask for races
+from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
 
-from lamina_jax.attention.cache import PagedCache, StepTables, append
-from lamina_jax.attention.kernels import KERNELS, get_kernel
+from lamina_jax.attention.kernels import KERNELS, AttentionKernel, KernelTarget, choose_kernel, get_kernel
+from lamina_jax.attention.kernels.mosaic import MosaicKernel
+from lamina_jax.attention.kernels.xla import XlaKernel
 from lamina_jax.attention.merge import merge
 from lamina_jax.attention.params import AttendParams, LayerParams
+from lamina_jax.testing.attention import CASES, Case, World, check_kernel, run_step
 
-TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Sequences with something cached and something new, and the shape of the attention."""
-
-    context_lens: tuple[int, ...]
-    num_new: tuple[int, ...]
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 8
-    page_size: int = 4
-    num_layers: int = 2
-    layer: int = 1
-    tokens: int | None = None
-    """Columns of the step; more than max(num_new) is padding."""
-    dtype: str = "float32"
-    window: int | None = None
-    soft_cap: float | None = None
-    scale: float | None = None
-    """None is what most models have."""
-
-    @property
-    def params(self) -> AttendParams:
-        scale = self.head_dim**-0.5 if self.scale is None else self.scale
-        return AttendParams(scale=scale, window=self.window, soft_cap=self.soft_cap)
-
-
-CASES = {
-    "decode": Case((1, 5, 17, 4), (1, 1, 1, 1)),
-    "first token": Case((0,), (1,)),
-    "prefill": Case((0, 0, 0), (7, 1, 4)),
-    "prefill of a later piece": Case((3, 8), (5, 6)),
-    "padded rows and columns": Case((2, 9, 0), (3, 1, 0), tokens=8),
-    "mha": Case((6, 3), (1, 1), num_heads=3, num_kv_heads=3),
-    "mqa": Case((6, 3), (2, 1), num_heads=5, num_kv_heads=1),
-    "odd sizes": Case((10, 1), (1, 1), num_heads=9, num_kv_heads=3, head_dim=12, page_size=3),
-    "page of one token": Case((5,), (2,), page_size=1),
-    "bfloat16": Case((5, 30), (1, 1), dtype="bfloat16"),
-    "float16": Case((5, 30), (3, 2), dtype="float16"),
-    "window of the token itself": Case((0, 5, 9), (1, 3, 1), window=1),
-    "window shorter than the context": Case((12, 30, 4), (1, 3, 6), window=5),
-    "window as long as the context": Case((7, 8, 9), (1, 1, 1), window=8),
-    "window longer than everything": Case((7, 0), (2, 3), window=100),
-    "window shorter than the new tokens": Case((0, 6), (9, 7), window=4, tokens=10),
-    "window of more than an int32": Case((7, 0), (2, 3), window=1 << 40),
-    "soft cap": Case((5, 12), (1, 4), soft_cap=1.5, scale=2.0),
-    "soft cap above all scores": Case((5, 12), (1, 4), soft_cap=1e6),
-    "window and soft cap": Case((30, 2), (1, 4), window=6, soft_cap=1.5, scale=2.0),
-    "bfloat16, window and soft cap": Case((30, 2), (1, 4), window=6, soft_cap=1.5, scale=2.0, dtype="bfloat16"),
+SUBJECTS: dict[str, AttentionKernel] = {
+    "xla": XlaKernel(),
+    # Splits of two blocks, so that small cases have several splits and several blocks.
+    "mosaic": MosaicKernel(interpret=InterpretGPUParams(detect_races=True), split_tokens=128),
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class World:
-    """A case with numbers: what each sequence holds, and the paged cache that holds it."""
-
-    case: Case
-    past_k: list[np.ndarray]
-    past_v: list[np.ndarray]
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    cache: PagedCache
-    tables: StepTables
-
-    @classmethod
-    def make(cls, case: Case, seed: int = 0) -> "World":
-        rng = np.random.default_rng(seed)
-        draw = lambda *shape: np.asarray(jnp.asarray(rng.standard_normal(shape), case.dtype))  # noqa: E731
-        batch, tokens = len(case.context_lens), case.tokens or max(case.num_new)
-        past_k, past_v = ([draw(n, case.num_kv_heads, case.head_dim) for n in case.context_lens] for _ in range(2))
-        widths = [-(-(c + n) // case.page_size) for c, n in zip(case.context_lens, case.num_new, strict=True)]
-        num_pages = sum(widths) + 3
-        free = iter(rng.permutation(num_pages))
-        block_tables = rng.integers(0, num_pages, (batch, max(widths) + 2))
-        for row, width in zip(block_tables, widths, strict=True):
-            row[:width] = [next(free) for _ in range(width)]
-        # Noise in every page: reading a token that the sequence does not have must show.
-        shape = (case.num_layers, num_pages, case.num_kv_heads, case.page_size, case.head_dim)
-        pages_k, pages_v = 100 * draw(*shape), 100 * draw(*shape)
-        for b, row in enumerate(block_tables):
-            for position in range(case.context_lens[b]):
-                place = (case.layer, row[position // case.page_size], slice(None), position % case.page_size)
-                pages_k[place], pages_v[place] = past_k[b][position], past_v[b][position]
-        return cls(
-            case=case,
-            past_k=past_k,
-            past_v=past_v,
-            q=jnp.asarray(draw(batch, tokens, case.num_heads, case.head_dim)),
-            k=jnp.asarray(draw(batch, tokens, case.num_kv_heads, case.head_dim)),
-            v=jnp.asarray(draw(batch, tokens, case.num_kv_heads, case.head_dim)),
-            cache=PagedCache(k=jnp.asarray(pages_k), v=jnp.asarray(pages_v)),
-            tables=StepTables(
-                context_lens=jnp.asarray(case.context_lens, jnp.int32),
-                num_new=jnp.asarray(case.num_new, jnp.int32),
-                block_tables=jnp.asarray(block_tables, jnp.int32),
-            ),
-        )
+def fitted(kernel_name: str, case: Case) -> Case:
+    """The case, or the nearest one of a shape that the kernel runs."""
+    if kernel_name == "xla":
+        return case
+    dtype = "bfloat16" if case.dtype == "float32" else case.dtype
+    page_size = max(8, 1 << (case.page_size - 1).bit_length())
+    return dataclasses.replace(case, dtype=dtype, page_size=page_size, head_dim=-(-case.head_dim // 64) * 64)
 
 
-def attend_float64(world: World, b: int, t: int, params: AttendParams) -> np.ndarray:
-    """Token t of sequence b over what the sequence holds, up to the token itself."""
-    case = world.case
-    k = np.concatenate([world.past_k[b], np.asarray(world.k[b, : t + 1])]).astype(np.float64)
-    v = np.concatenate([world.past_v[b], np.asarray(world.v[b, : t + 1])]).astype(np.float64)
-    if params.window is not None:
-        k, v = k[-params.window :], v[-params.window :]
-    group = case.num_heads // case.num_kv_heads
-    k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
-    scores = params.scale * np.einsum("hd,shd->hs", np.asarray(world.q[b, t]).astype(np.float64), k)
-    if params.soft_cap is not None:
-        scores = params.soft_cap * np.tanh(scores / params.soft_cap)
-    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-    return np.einsum("hs,shd->hd", weights / weights.sum(axis=1, keepdims=True), v)
+@pytest.fixture(autouse=True)
+def no_races():
+    """What one thread of a GPU kernel writes and another reads has a barrier in between."""
+    yield
+    if gpu_callbacks._races is not None:
+        assert not gpu_callbacks.get_races().races_found
 
 
-def run(kernel_name: str, world: World, params: LayerParams | None = None):
-    kernel, layer = get_kernel(kernel_name), jnp.int32(world.case.layer)
-
-    @jax.jit
-    def step(cache, q, k, v, tables, params):
-        both = merge(kernel.attend_cached(q, cache, layer, tables, params), kernel.attend_new(q, k, v, params))
-        return both.output(q.dtype), append(cache, layer, k, v, tables)
-
-    params = LayerParams.of(world.case.params) if params is None else params
-    return step(world.cache, world.q, world.k, world.v, world.tables, params)
+def test_every_kernel_is_tested():
+    assert SUBJECTS.keys() == KERNELS.keys()
 
 
-def check(kernel_name: str, world: World) -> None:
-    out, _ = run(kernel_name, world)
-    assert out.dtype == world.q.dtype
-    for b, count in enumerate(world.case.num_new):
-        for t in range(count):
-            expected = attend_float64(world, b, t, world.case.params)
-            np.testing.assert_allclose(
-                np.asarray(out[b, t]).astype(np.float64), expected, atol=TOLERANCE[world.case.dtype], rtol=0
-            )
-
-
-@pytest.mark.parametrize("kernel_name", KERNELS)
+@pytest.mark.parametrize("kernel_name", SUBJECTS)
 @pytest.mark.parametrize("name", CASES)
 def test_kernel_equals_float64(kernel_name, name):
-    check(kernel_name, World.make(CASES[name]))
+    check_kernel(SUBJECTS[kernel_name], World.make(fitted(kernel_name, CASES[name])))
 
 
-@pytest.mark.parametrize("kernel_name", KERNELS)
-@given(
-    rows=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 5)), min_size=1, max_size=4),
-    heads=st.sampled_from([(1, 1), (4, 2), (6, 3), (4, 4), (8, 1)]),
-    page_size=st.integers(1, 16),
-    window=st.none() | st.integers(1, 50),
-    soft_cap=st.none() | st.floats(0.5, 50.0),
-    seed=st.integers(0, 1000),
-)
-@settings(max_examples=15, deadline=None)
-def test_kernel_equals_float64_on_random_shapes(kernel_name, rows, heads, page_size, window, soft_cap, seed):
+RANDOM_SHAPES = {
+    "rows": st.lists(st.tuples(st.integers(0, 40), st.integers(1, 5)), min_size=1, max_size=4),
+    "heads": st.sampled_from([(1, 1), (4, 2), (6, 3), (4, 4), (8, 1)]),
+    "page_size": st.integers(1, 16),
+    "window": st.none() | st.integers(1, 50),
+    "soft_cap": st.none() | st.floats(0.5, 50.0),
+    "seed": st.integers(0, 1000),
+}
+
+
+def check_random_shape(kernel_name, rows, heads, page_size, window, soft_cap, seed):
     context_lens, num_new = zip(*rows, strict=True)
     params = {"window": window, "soft_cap": soft_cap}
     case = Case(context_lens, num_new, num_heads=heads[0], num_kv_heads=heads[1], page_size=page_size, **params)
-    check(kernel_name, World.make(case, seed))
+    check_kernel(SUBJECTS[kernel_name], World.make(fitted(kernel_name, case), seed))
 
 
-@pytest.mark.parametrize("kernel_name", KERNELS)
+@given(**RANDOM_SHAPES)
+@settings(max_examples=15, deadline=None)
+def test_xla_kernel_equals_float64_on_random_shapes(**shape):
+    check_random_shape("xla", **shape)
+
+
+# Interpret mode takes seconds for an example.
+@given(**RANDOM_SHAPES)
+@settings(max_examples=4, deadline=None)
+def test_mosaic_kernel_equals_float64_on_random_shapes(**shape):
+    check_random_shape("mosaic", **shape)
+
+
+@pytest.mark.parametrize("kernel_name", SUBJECTS)
 def test_a_layer_without_window_or_cap_is_the_same_beside_layers_with_them(kernel_name):
-    world = World.make(CASES["prefill of a later piece"])
+    world = World.make(fitted(kernel_name, CASES["prefill of a later piece"]))
     plain = world.case.params
     stacked = LayerParams.stack([plain, AttendParams(scale=1.0, window=3, soft_cap=2.0)])
     assert stacked.soft_cap is not None
     assert LayerParams.of(plain).soft_cap is None
-    out, _ = run(kernel_name, world, jax.tree.map(lambda x: x[0], stacked))
-    np.testing.assert_array_equal(out, run(kernel_name, world)[0])
+    out, _ = run_step(SUBJECTS[kernel_name], world, jax.tree.map(lambda x: x[0], stacked))
+    np.testing.assert_array_equal(out, run_step(SUBJECTS[kernel_name], world)[0])
 
 
-@pytest.mark.parametrize("kernel_name", KERNELS)
+@pytest.mark.parametrize("kernel_name", SUBJECTS)
 @pytest.mark.parametrize("name", ["decode", "soft cap", "window and soft cap"])
 def test_parameters_that_xla_knows_round_as_those_it_does_not(kernel_name, name):
     """Constants of the unsplit run are arguments in a worker, and a constant divisor may become a factor."""
-    world, layer = World.make(CASES[name]), jnp.int32(1)
+    world, layer = World.make(fitted(kernel_name, CASES[name])), jnp.int32(1)
     # A cap whose reciprocal is not exact.
     params = LayerParams.of(dataclasses.replace(world.case.params, scale=0.3, soft_cap=world.case.soft_cap and 1.7))
-    kernel = get_kernel(kernel_name)
+    kernel = SUBJECTS[kernel_name]
 
     @jax.jit
     def known(q, k, v):
         cached = kernel.attend_cached(q, world.cache, layer, world.tables, params)
         return merge(cached, kernel.attend_new(q, k, v, params)).output(q.dtype)
 
-    expected, _ = run(kernel_name, world, params)
+    expected, _ = run_step(SUBJECTS[kernel_name], world, params)
     np.testing.assert_array_equal(known(world.q, world.k, world.v), expected)
 
 
@@ -211,7 +115,7 @@ def test_parameters_that_xla_knows_round_as_those_it_does_not(kernel_name, name)
 def test_append_writes_the_new_tokens_and_nothing_else(name):
     world = World.make(CASES[name])
     case = world.case
-    _, cache = run("xla", world)
+    _, cache = run_step(SUBJECTS["xla"], world)
     expected_k, expected_v = np.array(world.cache.k), np.array(world.cache.v)
     for b, count in enumerate(case.num_new):
         for t in range(count):
@@ -223,5 +127,64 @@ def test_append_writes_the_new_tokens_and_nothing_else(name):
 
 
 def test_unknown_kernel_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"Unknown attention kernel 'nope'.*'xla'"):
+    with pytest.raises(ValueError, match=r"Unknown attention kernel 'nope'.*'mosaic', 'xla'"):
         get_kernel("nope")
+
+
+def test_blocks_take_the_place_of_those_before_them_only_when_these_are_used_up():
+    """Nine blocks of keys through three stages."""
+    kernel = MosaicKernel(interpret=InterpretGPUParams(detect_races=True), split_tokens=576)
+    case = Case((570,), (1,), num_heads=2, num_kv_heads=1, head_dim=128, page_size=64, dtype="bfloat16")
+    check_kernel(kernel, World.make(case))
+
+
+HOPPER = KernelTarget(platform="cuda", compute_capability="9.0", dtype="bfloat16", head_dim=128, page_size=16)
+CPU = dataclasses.replace(HOPPER, platform="cpu", compute_capability=None)
+
+
+def test_auto_is_the_fastest_kernel_that_runs():
+    assert choose_kernel("auto", HOPPER) == "mosaic"
+    for other in (
+        CPU,
+        dataclasses.replace(HOPPER, compute_capability="8.0"),
+        dataclasses.replace(HOPPER, compute_capability="10.0"),
+        dataclasses.replace(HOPPER, dtype="float32"),
+        dataclasses.replace(HOPPER, head_dim=80),
+        dataclasses.replace(HOPPER, page_size=4),
+        dataclasses.replace(HOPPER, page_size=24),
+    ):
+        assert choose_kernel("auto", other) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (CPU, "MosaicKernel runs on cuda, but attention is to run on cpu; use attention_kernel='auto'"),
+        (dataclasses.replace(HOPPER, compute_capability="8.9"), r"Hopper GPU .* got one of 8\.9; use .*'xla'"),
+        (dataclasses.replace(HOPPER, dtype="float32"), "bfloat16 or float16, got float32; set dtype"),
+        (dataclasses.replace(HOPPER, head_dim=96), "head_dim of 64, 128, 192 or 256, got 96"),
+        (dataclasses.replace(HOPPER, page_size=12), "power of two of at least 8, got 12; set page_size"),
+    ],
+)
+def test_a_kernel_that_was_asked_for_but_does_not_run_is_refused(target, message):
+    with pytest.raises(ValueError, match=message):
+        choose_kernel("mosaic", target)
+
+
+def test_a_shape_that_the_mosaic_kernel_cannot_run_is_refused_before_it_is_compiled():
+    with pytest.raises(ValueError, match="got float32"):
+        run_step(SUBJECTS["mosaic"], World.make(CASES["decode"]))
+    with pytest.raises(ValueError, match="split_tokens must be a positive multiple of 64, got 100"):
+        MosaicKernel(split_tokens=100)
+
+
+@pytest.mark.parametrize(("batch", "context"), [(1, 512), (1, 65536), (16, 4096), (256, 4096), (256, 65536)])
+def test_splits_cover_the_context_and_fill_the_device(batch, context):
+    kernel = MosaicKernel()
+    items = batch * 8
+    length = kernel._split(items, context)
+    assert length % 64 == 0
+    assert 512 <= length <= 16384
+    splits = -(-context // length)
+    # Enough thread blocks for every multiprocessor to hold two, unless the context is too short to cut further.
+    assert splits * items >= 2 * kernel.num_multiprocessors or length == 512

@@ -202,6 +202,7 @@ SETTINGS = {
     "cache too small": ({"max_model_len": 512, "kv_cache_bytes": 1000}, ValueError, "Lower max_model_len or raise"),
     "unknown dtype": ({"dtype": "int7"}, ValueError, "int7"),
     "unknown kernel": ({"attention_kernel": "x"}, ValueError, "attention kernel 'x'"),
+    "kernel of a GPU": ({"attention_kernel": "mosaic"}, ValueError, "runs on cuda, but .* on cpu; use .*'auto'"),
     "negative seed": ({"seed": -1}, ValueError, "seed must be an integer of at least 0, got -1"),
     "no time": ({"timeout_s": 0.0}, ValueError, "timeout_s must be a positive number of seconds, got 0"),
     "too many batches": ({"num_batches": 9}, ValueError, "needs 8 CPU devices .* JAX_NUM_CPU_DEVICES=8"),

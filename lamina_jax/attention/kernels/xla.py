@@ -1,5 +1,7 @@
 """The kernel in plain JAX: any XLA device runs it, and every other kernel is compared with it."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,8 @@ from lamina_jax.attention.params import LayerParams
 
 class XlaKernel(AttentionKernel):
     """Gathers a sequence's pages into one array and attends over it; reads are O(max_pages), not O(length)."""
+
+    platforms: ClassVar[tuple[str, ...]] = ("cpu", "cuda", "rocm", "tpu")
 
     def attend_cached(self, q, cache: PagedCache, layer, tables: StepTables, params: LayerParams) -> Partial:
         k = _gather(cache.k, layer, tables.block_tables)

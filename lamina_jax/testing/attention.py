@@ -1,0 +1,162 @@
+"""The conformance suite of attention kernels: cases, worlds to run them in, and a float64 oracle over plain arrays.
+
+A test of a kernel calls `check_kernel` with what it is to compute.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lamina_jax.attention.cache import PagedCache, StepTables, append
+from lamina_jax.attention.kernels import AttentionKernel
+from lamina_jax.attention.merge import merge
+from lamina_jax.attention.params import AttendParams, LayerParams
+
+TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sequences with something cached and something new, and the shape of the attention."""
+
+    context_lens: tuple[int, ...]
+    num_new: tuple[int, ...]
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 8
+    page_size: int = 4
+    num_layers: int = 2
+    layer: int = 1
+    tokens: int | None = None
+    """Columns of the step; more than max(num_new) is padding."""
+    dtype: str = "float32"
+    window: int | None = None
+    soft_cap: float | None = None
+    scale: float | None = None
+    """None is what most models have."""
+
+    @property
+    def params(self) -> AttendParams:
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        return AttendParams(scale=scale, window=self.window, soft_cap=self.soft_cap)
+
+
+CASES = {
+    "decode": Case((1, 5, 17, 4), (1, 1, 1, 1)),
+    "first token": Case((0,), (1,)),
+    "prefill": Case((0, 0, 0), (7, 1, 4)),
+    "prefill of a later piece": Case((3, 8), (5, 6)),
+    "padded rows and columns": Case((2, 9, 0), (3, 1, 0), tokens=8),
+    "mha": Case((6, 3), (1, 1), num_heads=3, num_kv_heads=3),
+    "mqa": Case((6, 3), (2, 1), num_heads=5, num_kv_heads=1),
+    "odd sizes": Case((10, 1), (1, 1), num_heads=9, num_kv_heads=3, head_dim=12, page_size=3),
+    "page of one token": Case((5,), (2,), page_size=1),
+    "bfloat16": Case((5, 30), (1, 1), dtype="bfloat16"),
+    "float16": Case((5, 30), (3, 2), dtype="float16"),
+    "window of the token itself": Case((0, 5, 9), (1, 3, 1), window=1),
+    "window shorter than the context": Case((12, 30, 4), (1, 3, 6), window=5),
+    "window as long as the context": Case((7, 8, 9), (1, 1, 1), window=8),
+    "window longer than everything": Case((7, 0), (2, 3), window=100),
+    "window shorter than the new tokens": Case((0, 6), (9, 7), window=4, tokens=10),
+    "window of more than an int32": Case((7, 0), (2, 3), window=1 << 40),
+    "soft cap": Case((5, 12), (1, 4), soft_cap=1.5, scale=2.0),
+    "soft cap above all scores": Case((5, 12), (1, 4), soft_cap=1e6),
+    "window and soft cap": Case((30, 2), (1, 4), window=6, soft_cap=1.5, scale=2.0),
+    "several blocks of keys": Case((0, 200, 64), (1, 1, 1), num_kv_heads=1, scale=0.5),
+    "window over several blocks": Case((400, 130, 70), (1, 1, 1), window=100),
+    "many rows over several blocks": Case((150, 300), (9, 4), num_heads=8, num_kv_heads=1, window=200, scale=0.5),
+    "page longer than a block": Case((70, 300), (1, 1), page_size=128, num_layers=1, layer=0),
+    "wide heads": Case((5, 90), (1, 1), head_dim=128, num_kv_heads=1),
+    "bfloat16, window and soft cap": Case((30, 2), (1, 4), window=6, soft_cap=1.5, scale=2.0, dtype="bfloat16"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """A case with numbers: what each sequence holds, and the paged cache that holds it."""
+
+    case: Case
+    past_k: list[np.ndarray]
+    past_v: list[np.ndarray]
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    cache: PagedCache
+    tables: StepTables
+
+    @classmethod
+    def make(cls, case: Case, seed: int = 0) -> "World":
+        rng = np.random.default_rng(seed)
+        draw = lambda *shape: np.asarray(jnp.asarray(rng.standard_normal(shape), case.dtype))  # noqa: E731
+        batch, tokens = len(case.context_lens), case.tokens or max(case.num_new)
+        past_k, past_v = ([draw(n, case.num_kv_heads, case.head_dim) for n in case.context_lens] for _ in range(2))
+        widths = [-(-(c + n) // case.page_size) for c, n in zip(case.context_lens, case.num_new, strict=True)]
+        num_pages = sum(widths) + 3
+        free = iter(rng.permutation(num_pages))
+        block_tables = rng.integers(0, num_pages, (batch, max(widths) + 2))
+        for row, width in zip(block_tables, widths, strict=True):
+            row[:width] = [next(free) for _ in range(width)]
+        # Noise in every page: reading a token that the sequence does not have must show.
+        shape = (case.num_layers, num_pages, case.num_kv_heads, case.page_size, case.head_dim)
+        pages_k, pages_v = 100 * draw(*shape), 100 * draw(*shape)
+        for b, row in enumerate(block_tables):
+            for position in range(case.context_lens[b]):
+                place = (case.layer, row[position // case.page_size], slice(None), position % case.page_size)
+                pages_k[place], pages_v[place] = past_k[b][position], past_v[b][position]
+        return cls(
+            case=case,
+            past_k=past_k,
+            past_v=past_v,
+            q=jnp.asarray(draw(batch, tokens, case.num_heads, case.head_dim)),
+            k=jnp.asarray(draw(batch, tokens, case.num_kv_heads, case.head_dim)),
+            v=jnp.asarray(draw(batch, tokens, case.num_kv_heads, case.head_dim)),
+            cache=PagedCache(k=jnp.asarray(pages_k), v=jnp.asarray(pages_v)),
+            tables=StepTables(
+                context_lens=jnp.asarray(case.context_lens, jnp.int32),
+                num_new=jnp.asarray(case.num_new, jnp.int32),
+                block_tables=jnp.asarray(block_tables, jnp.int32),
+            ),
+        )
+
+
+def attend_float64(world: World, b: int, t: int, params: AttendParams) -> np.ndarray:
+    """Token t of sequence b over what the sequence holds, up to the token itself."""
+    case = world.case
+    k = np.concatenate([world.past_k[b], np.asarray(world.k[b, : t + 1])]).astype(np.float64)
+    v = np.concatenate([world.past_v[b], np.asarray(world.v[b, : t + 1])]).astype(np.float64)
+    if params.window is not None:
+        k, v = k[-params.window :], v[-params.window :]
+    group = case.num_heads // case.num_kv_heads
+    k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+    scores = params.scale * np.einsum("hd,shd->hs", np.asarray(world.q[b, t]).astype(np.float64), k)
+    if params.soft_cap is not None:
+        scores = params.soft_cap * np.tanh(scores / params.soft_cap)
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return np.einsum("hs,shd->hd", weights / weights.sum(axis=1, keepdims=True), v)
+
+
+def run_step(kernel: AttentionKernel, world: World, params: LayerParams | None = None) -> tuple[jax.Array, PagedCache]:
+    """What a worker does with a step of one layer: the attention output, and the cache with the new tokens in it."""
+    layer = jnp.int32(world.case.layer)
+
+    @jax.jit
+    def step(cache, q, k, v, tables, params):
+        both = merge(kernel.attend_cached(q, cache, layer, tables, params), kernel.attend_new(q, k, v, params))
+        return both.output(q.dtype), append(cache, layer, k, v, tables)
+
+    params = LayerParams.of(world.case.params) if params is None else params
+    return step(world.cache, world.q, world.k, world.v, world.tables, params)
+
+
+def check_kernel(kernel: AttentionKernel, world: World) -> None:
+    """Raises AssertionError where the kernel's output is not that of float64 attention."""
+    out, _ = run_step(kernel, world)
+    assert out.dtype == world.q.dtype
+    for b, count in enumerate(world.case.num_new):
+        for t in range(count):
+            expected = attend_float64(world, b, t, world.case.params)
+            np.testing.assert_allclose(
+                np.asarray(out[b, t]).astype(np.float64), expected, atol=TOLERANCE[world.case.dtype], rtol=0
+            )
