@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from lamina_jax import LLM, SamplingParams
+from lamina_jax.runtime.split import SplitExecutor
 from lamina_jax.testing import TINY_CONFIGS, write_tiny_checkpoint
 
 RNG = np.random.default_rng(0)
@@ -53,7 +54,9 @@ def test_tokens_are_those_of_the_undivided_model(generate, name, workers, option
 def test_every_device_has_its_part_of_the_weights(tmp_path):
     write_tiny_checkpoint(tmp_path, divisible("mha"))
     with LLM(tmp_path, num_attention_workers=2, tensor_parallel_size=2) as llm:
-        model = llm._worker.executor._model
+        executor = llm._worker.executor
+        assert isinstance(executor, SplitExecutor)
+        model = executor._model
         kernels = [p for p in model.params if p.ndim == 2]
         assert len({device for p in kernels for device in p.sharding.device_set}) == 2
         parts = [p.addressable_shards[0].data.size * 2 for p in kernels]

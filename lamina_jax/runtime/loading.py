@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from flax import nnx
-from jax.sharding import NamedSharding, Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 
 from lamina_jax.models import ModelConfig, load_model
 from lamina_jax.models.base import ParameterPath
@@ -24,9 +24,9 @@ def load(directory: Path, *, dtype: str, place: Sharding) -> Model:
         CheckpointError: the checkpoint cannot be read.
         ValueError: the model does not divide evenly.
     """
-    if not isinstance(place, NamedSharding):
+    mesh = place.mesh if isinstance(place, NamedSharding) else None
+    if not isinstance(mesh, Mesh):
         return Model(*model_function(load_model(directory, dtype=dtype, placement=place)[1]))
-    mesh = place.mesh
     (axis,) = mesh.axis_names
 
     def placement(path: ParameterPath, shape: tuple[int, ...]) -> NamedSharding:

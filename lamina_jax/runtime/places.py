@@ -3,18 +3,19 @@
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from typing import Final, Literal, get_args
+from typing import Any, Final
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-Platform = Literal["cpu", "cuda"]
+PLATFORMS: Final = ("cpu", "cuda")
+"""Where the model, or attention, can run."""
 
 MODEL_AXIS: Final = "model"
 """The axis of a mesh of devices that share one model."""
 
-_CHANNEL_KINDS: Final[Mapping[tuple[Platform, Platform], str]] = {
+_CHANNEL_KINDS: Final[Mapping[tuple[str, str], str]] = {
     ("cpu", "cpu"): "shm",
     ("cuda", "cpu"): "cuda_host",
     ("cuda", "cuda"): "cuda_ipc",
@@ -26,8 +27,8 @@ _GPU_MEMORY_SHARE: Final = 0.9
 def check_platforms(model_platform: str, attention_platform: str) -> None:
     """Raises ValueError if there is no such platform, or no channel from the one to the other."""
     for name, value in (("model_platform", model_platform), ("attention_platform", attention_platform)):
-        if value not in get_args(Platform):
-            raise ValueError(f"{name} must be one of {', '.join(get_args(Platform))}, got {value!r}.")
+        if value not in PLATFORMS:
+            raise ValueError(f"{name} must be one of {', '.join(PLATFORMS)}, got {value!r}.")
     if (model_platform, attention_platform) not in _CHANNEL_KINDS:
         known = "; ".join(f"{m} with attention on {a}" for m, a in _CHANNEL_KINDS)
         raise ValueError(
@@ -36,12 +37,12 @@ def check_platforms(model_platform: str, attention_platform: str) -> None:
         )
 
 
-def channel_kind(model_platform: Platform, attention_platform: Platform) -> str:
+def channel_kind(model_platform: str, attention_platform: str) -> str:
     """The kind of channel that joins the two, for platforms that `check_platforms` lets pass."""
     return _CHANNEL_KINDS[model_platform, attention_platform]
 
 
-def model_places(platform: Platform, *, num_replicas: int, tensor_parallel_size: int) -> list[Sharding]:
+def model_places(platform: str, *, num_replicas: int, tensor_parallel_size: int) -> list[Sharding]:
     """Where each replica of the model lies: a device, or a mesh of `tensor_parallel_size` of them along MODEL_AXIS.
 
     Raises:
@@ -71,7 +72,7 @@ def model_places(platform: Platform, *, num_replicas: int, tensor_parallel_size:
 
 
 def attention_environments(
-    platform: Platform, *, num_workers: int, num_model_gpus: int, num_gpus: int, memory_fraction: float | None
+    platform: str, *, num_workers: int, num_model_gpus: int, num_gpus: int, memory_fraction: float | None
 ) -> list[dict[str, str]]:
     """For each attention worker the environment variables that give it its devices: a GPU, and how much of its memory.
 
@@ -113,8 +114,8 @@ def attention_gpus(num_workers: int, *, num_model_gpus: int, num_gpus: int) -> l
     return [num_model_gpus + i % free if free > 0 else i % num_gpus for i in range(num_workers)]
 
 
-def device_bytes(device: jax.Device) -> int | None:
-    """Memory of a GPU that JAX may take in this process; None for a CPU."""
+def device_bytes(device: Any) -> int | None:
+    """Memory of a `jax.Device` that JAX may take in this process, where that is a GPU; None for a CPU."""
     return None if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
 
 
@@ -122,5 +123,5 @@ def _fair_share(gpu: int, attention: Sequence[int], num_model_gpus: int) -> floa
     return _GPU_MEMORY_SHARE / (attention.count(gpu) + (gpu < num_model_gpus))
 
 
-def _backend(platform: Platform) -> str:
+def _backend(platform: str) -> str:
     return "gpu" if platform == "cuda" else platform
