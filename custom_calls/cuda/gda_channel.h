@@ -260,7 +260,7 @@ LAMINA_DEVICE bool IsLast(End& end, std::uint32_t blocks) {
 
 template <typename Group>
 LAMINA_DEVICE void CopyStamp(const Call& call, Group group) {
-  if (group.index() < 3) call.stamp_out[group.index()] = call.stamp[group.index()];
+  for (std::uint64_t i = group.index(); i < 3; i += group.count()) call.stamp_out[i] = call.stamp[i];
 }
 
 template <typename Group>

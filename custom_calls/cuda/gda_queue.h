@@ -130,7 +130,6 @@ LAMINA_DEVICE char* WqeAt(const SendQueue& queue, std::uint64_t index) {
 
 LAMINA_DEVICE void StoreWqe(const SendQueue& queue, std::uint64_t index, const Wqe& wqe) {
   char* const to = WqeAt(queue, index);
-#pragma unroll
   for (std::uint32_t i = 0; i < kSegments; ++i) Store16(to + i * sizeof(Vec16), wqe.segment[i]);
 }
 
