@@ -20,22 +20,37 @@ inline constexpr std::uint64_t kTellPeerNs = 100'000'000;  // how long a failed 
 
 LAMINA_DEVICE RegionHeader* HeaderOf(const End& end) { return reinterpret_cast<RegionHeader*>(end.region); }
 
-LAMINA_DEVICE std::uint64_t SlotOffset(const End& end, std::uint64_t sequence) {
-  return sizeof(RegionHeader) + sequence % end.num_slots * (sizeof(SlotHeader) + end.slot_bytes);
+// The message that an operation is about.
+struct Turn {
+  std::uint64_t sequence;
+  std::uint32_t slot;
+};
+
+LAMINA_DEVICE Turn NextTurn(const End& end) {
+  return {LoadRelaxedSystem(&end.next), LoadRelaxedSystem(&end.next_slot)};
 }
 
-LAMINA_DEVICE char* SlotOf(const End& end, std::uint64_t sequence) { return end.region + SlotOffset(end, sequence); }
-
-LAMINA_DEVICE char* PayloadOf(const End& end, std::uint64_t sequence) {
-  return SlotOf(end, sequence) + sizeof(SlotHeader);
+LAMINA_DEVICE void Advance(End& end, Turn turn) {
+  StoreRelaxedSystem(&end.next, turn.sequence + 1);
+  StoreRelaxedSystem(&end.next_slot, turn.slot + 1 == end.num_slots ? 0u : turn.slot + 1);
 }
 
-LAMINA_DEVICE Message* MessageOf(const End& end, std::uint64_t sequence) {
-  return reinterpret_cast<Message*>(SlotOf(end, sequence) + offsetof(SlotHeader, message));
+LAMINA_DEVICE std::uint64_t SlotOffset(const End& end, Turn turn) {
+  return sizeof(RegionHeader) + turn.slot * (sizeof(SlotHeader) + end.slot_bytes);
 }
 
-LAMINA_DEVICE const std::uint64_t* PublishedOf(const End& end, std::uint64_t sequence) {
-  return reinterpret_cast<const std::uint64_t*>(SlotOf(end, sequence));
+LAMINA_DEVICE char* SlotOf(const End& end, Turn turn) { return end.region + SlotOffset(end, turn); }
+
+LAMINA_DEVICE char* PayloadOf(const End& end, Turn turn) {
+  return SlotOf(end, turn) + sizeof(SlotHeader);
+}
+
+LAMINA_DEVICE Message* MessageOf(const End& end, Turn turn) {
+  return reinterpret_cast<Message*>(SlotOf(end, turn) + offsetof(SlotHeader, message));
+}
+
+LAMINA_DEVICE const std::uint64_t* PublishedOf(const End& end, Turn turn) {
+  return reinterpret_cast<const std::uint64_t*>(SlotOf(end, turn));
 }
 
 LAMINA_DEVICE std::uint64_t Padded(std::uint64_t bytes) { return (bytes + kLine - 1) & ~std::uint64_t{kLine - 1}; }
@@ -142,9 +157,9 @@ struct HasMessage {
   LAMINA_DEVICE bool operator()() const { return LoadAcquireSystem(published) != before; }
 };
 
-LAMINA_DEVICE bool AwaitRoom(End& end, const Message& message, std::uint64_t sequence) {
+LAMINA_DEVICE bool AwaitRoom(End& end, const Message& message, Turn turn) {
   if (message.payload_bytes > end.slot_bytes) return Fail(end, Reason::kTooLarge, message);
-  const Reason reason = Await(end, HasRoom{end, sequence});
+  const Reason reason = Await(end, HasRoom{end, turn.sequence});
   return reason == Reason::kNone || Fail(end, reason, message);
 }
 
@@ -154,13 +169,14 @@ LAMINA_DEVICE bool SameMessage(const Message& a, const Message& b) {
 }
 
 // Waits for message `sequence` and checks that it is the one described by `expected`.
-LAMINA_DEVICE bool AwaitMessage(End& end, const Message& expected, std::uint64_t sequence) {
-  const std::uint64_t* const published = PublishedOf(end, sequence);
+LAMINA_DEVICE bool AwaitMessage(End& end, const Message& expected, Turn turn) {
+  const std::uint64_t* const published = PublishedOf(end, turn);
+  const std::uint64_t sequence = turn.sequence;
   const std::uint64_t before = sequence < end.num_slots ? 0 : sequence - end.num_slots + 1;
   const Reason reason = Await(end, HasMessage{published, before});
   if (reason != Reason::kNone) return Fail(end, reason, expected);
   const std::uint64_t found = LoadAcquireSystem(published);
-  const Message& got = *MessageOf(end, sequence);
+  const Message& got = *MessageOf(end, turn);
   if (found == sequence + 1 && SameMessage(expected, got)) return true;
   FailureRecord details{};
   details.expected = expected;
@@ -172,21 +188,21 @@ LAMINA_DEVICE bool AwaitMessage(End& end, const Message& expected, std::uint64_t
 
 // --- Handing over: by one thread, once all blocks have copied -------------------------------------------------------
 
-LAMINA_DEVICE void Publish(End& end, const Message& message, std::uint64_t sequence) {
-  *MessageOf(end, sequence) = message;
+LAMINA_DEVICE void Publish(End& end, const Message& message, Turn turn) {
+  *MessageOf(end, turn) = message;
   constexpr std::uint32_t kHead = offsetof(SlotHeader, message);  // the sequence number's bytes
-  const std::uint64_t slot = end.peer_region + SlotOffset(end, sequence);
+  const std::uint64_t slot = end.peer_region + SlotOffset(end, turn);
   const auto bytes = static_cast<std::uint32_t>(sizeof(SlotHeader) - kHead + message.payload_bytes);
-  const Write writes[2] = {WriteFrom(slot + kHead, end.peer_rkey, SlotOf(end, sequence) + kHead, end.lkey, bytes),
-                           WriteValue(slot, end.peer_rkey, sequence + 1)};
-  StoreRelaxedSystem(&end.next, sequence + 1);
+  const Write writes[2] = {WriteFrom(slot + kHead, end.peer_rkey, SlotOf(end, turn) + kHead, end.lkey, bytes),
+                           WriteValue(slot, end.peer_rkey, turn.sequence + 1)};
+  Advance(end, turn);
   const std::uint32_t error = PostOf(end, writes, 2, NowNs() + end.timeout_ns);
   if (error != kOk) FailPosting(end, message, error);
 }
 
-LAMINA_DEVICE void Release(End& end, const Message& message, std::uint64_t sequence) {
-  const std::uint64_t read = sequence + 1;
-  StoreRelaxedSystem(&end.next, read);
+LAMINA_DEVICE void Release(End& end, const Message& message, Turn turn) {
+  const std::uint64_t read = turn.sequence + 1;
+  Advance(end, turn);
   if (read - end.credited < CreditBatch(end.num_slots)) return;
   end.credited = read;
   const Write write = WriteValue(end.peer_region + offsetof(RegionHeader, credit), end.peer_rkey, read);
@@ -270,10 +286,10 @@ LAMINA_DEVICE void Send(const Call& call, Group group) {
   End* const end = EndOf(call, message);
   if (!group.Any(group.leader() && MayStart(call, message, end))) return;
   const std::uint64_t stop = group.leader() ? LoadRelaxedSystem(end->stop) : 0;
-  const std::uint64_t sequence = LoadRelaxedSystem(&end->next);
-  const bool ready = group.Any(group.leader() && AwaitRoom(*end, message, sequence));
+  const Turn turn = NextTurn(*end);
+  const bool ready = group.Any(group.leader() && AwaitRoom(*end, message, turn));
   if (ready) {
-    char* to = PayloadOf(*end, sequence);
+    char* to = PayloadOf(*end, turn);
     for (std::uint32_t i = 0; i < call.num_tensors; ++i) {
       CopyShare(to, call.tensors[i].data, call.tensors[i].bytes, group.index(), group.count());
       to += Padded(call.tensors[i].bytes);
@@ -282,7 +298,7 @@ LAMINA_DEVICE void Send(const Call& call, Group group) {
   group.Sync();
   if (!group.leader()) return;
   const bool done = ready && MayFinish(*end, message, stop);
-  if (IsLast(*end, group.blocks()) && done) Publish(*end, message, sequence);
+  if (IsLast(*end, group.blocks()) && done) Publish(*end, message, turn);
 }
 
 template <typename Group>
@@ -292,10 +308,10 @@ LAMINA_DEVICE void Recv(const Call& call, Group group) {
   End* const end = EndOf(call, expected);
   if (!group.Any(group.leader() && MayStart(call, expected, end))) return;
   const std::uint64_t stop = group.leader() ? LoadRelaxedSystem(end->stop) : 0;
-  const std::uint64_t sequence = LoadRelaxedSystem(&end->next);
-  const bool ready = group.Any(group.leader() && AwaitMessage(*end, expected, sequence));
+  const Turn turn = NextTurn(*end);
+  const bool ready = group.Any(group.leader() && AwaitMessage(*end, expected, turn));
   if (ready) {
-    const char* from = PayloadOf(*end, sequence);
+    const char* from = PayloadOf(*end, turn);
     for (std::uint32_t i = 0; i < call.num_tensors; ++i) {
       CopyShare(call.tensors[i].data, from, call.tensors[i].bytes, group.index(), group.count());
       from += Padded(call.tensors[i].bytes);
@@ -304,7 +320,7 @@ LAMINA_DEVICE void Recv(const Call& call, Group group) {
   group.Sync();
   if (!group.leader()) return;
   const bool done = ready && MayFinish(*end, expected, stop);
-  if (IsLast(*end, group.blocks()) && done) Release(*end, expected, sequence);
+  if (IsLast(*end, group.blocks()) && done) Release(*end, expected, turn);
 }
 
 }  // namespace lamina::cuda::gda

@@ -86,6 +86,7 @@ struct alignas(kLine) End {
 
   // Advanced by kernels.
   alignas(kLine) std::uint64_t next;  // number of the message that comes next
+  std::uint32_t next_slot;            // next % num_slots, as a division of 64 bits is slow on a GPU
   std::uint64_t credited;             // reader: messages given back so far
   std::uint32_t arrived;              // blocks of the running kernel that are done
   std::uint32_t failed;               // 1 from the first failure on
