@@ -75,8 +75,8 @@ LAMINA_DEVICE void TellPeer(const End& end, std::uint64_t stop) {
   PostOf(end, &write, 1, NowNs() + kTellPeerNs);
 }
 
-// Puts a failure on record, unless there is one already, and makes the peer fail too. Returns false, for the convenience
-// of callers.
+// Puts a failure on record, unless there is one already, and makes the peer fail too. Returns false, as callers do who
+// have failed.
 LAMINA_DEVICE bool Fail(End& end, Reason reason, const FailureRecord& details) {
   if (AtomicCasDevice(&end.failed, 0u, 1u) != 0) return false;
   FailureRecord& record = *end.record;
@@ -175,7 +175,7 @@ LAMINA_DEVICE bool AwaitMessage(End& end, const Message& expected, Turn turn) {
   const std::uint64_t before = sequence < end.num_slots ? 0 : sequence - end.num_slots + 1;
   const Reason reason = Await(end, HasMessage{published, before});
   if (reason != Reason::kNone) return Fail(end, reason, expected);
-  const std::uint64_t found = LoadAcquireSystem(published);
+  const std::uint64_t found = LoadRelaxedSystem(published);  // acquired while waiting
   const Message& got = *MessageOf(end, turn);
   if (found == sequence + 1 && SameMessage(expected, got)) return true;
   FailureRecord details{};
@@ -191,9 +191,10 @@ LAMINA_DEVICE bool AwaitMessage(End& end, const Message& expected, Turn turn) {
 LAMINA_DEVICE void Publish(End& end, const Message& message, Turn turn) {
   *MessageOf(end, turn) = message;
   constexpr std::uint32_t kHead = offsetof(SlotHeader, message);  // the sequence number's bytes
+  const std::uint64_t from = end.nic_region + SlotOffset(end, turn);
   const std::uint64_t slot = end.peer_region + SlotOffset(end, turn);
   const auto bytes = static_cast<std::uint32_t>(sizeof(SlotHeader) - kHead + message.payload_bytes);
-  const Write writes[2] = {WriteFrom(slot + kHead, end.peer_rkey, SlotOf(end, turn) + kHead, end.lkey, bytes),
+  const Write writes[2] = {WriteFrom(slot + kHead, end.peer_rkey, from + kHead, end.lkey, bytes),
                            WriteValue(slot, end.peer_rkey, turn.sequence + 1)};
   Advance(end, turn);
   const std::uint32_t error = PostOf(end, writes, 2, NowNs() + end.timeout_ns);

@@ -23,6 +23,7 @@ struct Pinned {
 namespace {
 
 constexpr std::uint64_t kPage = 4096;
+constexpr std::uint64_t kGpuPage = 65536;  // GPU memory is exported, and registered with a NIC, in whole ones
 // Numbers of these ends start here, so that none is that of a channel of another kind.
 constexpr std::int64_t kFirstId = std::int64_t{1} << 40;
 
@@ -53,15 +54,15 @@ void RequireOrderedWrites(int device) {
   Require(cudaDeviceGetAttribute(&ordering, cudaDevAttrGPUDirectRDMAWritesOrdering, device), "asking the GPU");
   if (ordering >= cudaGPUDirectRDMAWritesOrderingOwner) return;
   throw std::runtime_error("GPU " + std::to_string(device) + " does not order GPUDirect RDMA writes for itself " +
-                           "(ordering " + std::to_string(ordering) + ", needed 100 or more); use another kind of channel");
+                           "(ordering " + std::to_string(ordering) + ", needed 100 or more); use another kind");
 }
 
 }  // namespace
 
 GpuQueue::GpuQueue(int device, const DriverQueue& queue) : device_(device) {
   if (queue.log_num_wqes > kMaxLogWqes || queue.log_num_cqes < queue.log_num_wqes) {
-    throw std::invalid_argument("expected a send queue of at most 2^15 WQEs and a completion queue at least as long, got "
-                                "2^" + std::to_string(queue.log_num_wqes) + " and 2^" + std::to_string(queue.log_num_cqes));
+    throw std::invalid_argument("expected at most 2^15 WQEs and a completion queue of at least as many, got 2^" +
+                                std::to_string(queue.log_num_wqes) + " and 2^" + std::to_string(queue.log_num_cqes));
   }
   Require(cudaSetDevice(device), "cudaSetDevice");
   queue_.log_num_wqes = queue.log_num_wqes;
@@ -154,7 +155,7 @@ GpuEnd::GpuEnd(int device, GpuEndOptions options)
   }
   Require(cudaSetDevice(device), "cudaSetDevice");
   RequireOrderedWrites(device);
-  region_ = AllocateDevice<char>(region_bytes(), "memory for the slots of a channel");
+  region_ = AllocateDevice<char>(DmabufBytes(), "memory for the slots of a channel");
   end_ = AllocateDevice<End>(sizeof(End), "memory for the end of a channel");
   pinned_ = AllocatePinned<Pinned>(sizeof(Pinned), "pinned memory for the end of a channel");
 }
@@ -167,15 +168,24 @@ GpuEnd::~GpuEnd() {
   cudaFreeHost(pinned_);
 }
 
+std::uint64_t GpuEnd::DmabufBytes() const { return (region_bytes() + kGpuPage - 1) / kGpuPage * kGpuPage; }
+
 int GpuEnd::ExportDmabuf() const {
+  // By way of the runtime, so that this module loads on a machine without a driver.
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result;
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuMemGetHandleForAddressRange", &found, 12000, cudaEnableDefault, &result);
+  if (error != cudaSuccess || result != cudaDriverEntryPointSuccess) return -1;
+  const auto get_handle = reinterpret_cast<decltype(&cuMemGetHandleForAddressRange)>(found);
   int fd = -1;
-  const CUresult result = cuMemGetHandleForAddressRange(&fd, reinterpret_cast<CUdeviceptr>(region_), region_bytes(),
-                                                        CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD, 0);
-  return result == CUDA_SUCCESS ? fd : -1;
+  const auto address = reinterpret_cast<CUdeviceptr>(region_);
+  const CUresult got = get_handle(&fd, address, DmabufBytes(), CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD, 0);
+  return got == CUDA_SUCCESS ? fd : -1;
 }
 
-void GpuEnd::Connect(std::shared_ptr<GpuQueue> queue, std::uint32_t lkey, std::uint64_t peer_region,
-                     std::uint32_t peer_rkey) {
+void GpuEnd::Connect(std::shared_ptr<GpuQueue> queue, std::uint64_t nic_address, std::uint32_t lkey,
+                     std::uint64_t peer_region, std::uint32_t peer_rkey) {
   if (queue->device() != device_) {
     throw std::invalid_argument("expected a queue of GPU " + std::to_string(device_) + ", got one of GPU " +
                                 std::to_string(queue->device()));
@@ -183,6 +193,7 @@ void GpuEnd::Connect(std::shared_ptr<GpuQueue> queue, std::uint32_t lkey, std::u
   End end{};
   end.id = static_cast<std::uint64_t>(id_);
   end.region = region_;
+  end.nic_region = nic_address;
   end.peer_region = peer_region;
   end.slot_bytes = options_.slot_bytes;
   end.timeout_ns = static_cast<std::uint64_t>(options_.timeout_s * 1e9);

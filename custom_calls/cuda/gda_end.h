@@ -72,7 +72,9 @@ class GpuEnd {
   // A dmabuf of the region, for ibv_reg_dmabuf_mr; the caller closes it. -1 if the driver has none.
   int ExportDmabuf() const;
 
-  void Connect(std::shared_ptr<GpuQueue> queue, std::uint32_t lkey, std::uint64_t peer_region, std::uint32_t peer_rkey);
+  // `nic_address` is that by which the NIC knows the region, `peer_region` that by which the peer's knows its own.
+  void Connect(std::shared_ptr<GpuQueue> queue, std::uint64_t nic_address, std::uint32_t lkey,
+               std::uint64_t peer_region, std::uint32_t peer_rkey);
   void Abort();
   void Close();
   std::string failure() const;
@@ -85,6 +87,7 @@ class GpuEnd {
 
  private:
   void Stop(std::uint64_t stop);
+  std::uint64_t DmabufBytes() const;
 
   const int device_;
   const GpuEndOptions options_;

@@ -94,7 +94,9 @@ std::string ReasonText(const FailureRecord& record, Role role, double timeout_s)
 }  // namespace
 
 std::string QueueErrorText(std::uint32_t error) {
-  if ((error & kNicError) == 0) return "the send queue is stuck: the NIC completes nothing, or the CPU proxy has stopped";
+  if ((error & kNicError) == 0) {
+    return "the send queue is stuck: the NIC completes nothing, or the CPU proxy has stopped";
+  }
   const std::uint32_t syndrome = error & 0xff, vendor = error >> 8 & 0xff;
   return "the NIC reports syndrome " + Hex(syndrome) + " (vendor " + Hex(vendor) + "), " + SyndromeText(syndrome);
 }

@@ -3,11 +3,11 @@
 //   Region         memory registered with the NIC, one at each end: a header, then num_slots slots as in message.h. The
 //                  writer's slots are where it stages messages, the reader's are where they arrive. A header holds what
 //                  the peer writes: the reader its credit, and either end that it has stopped.
-//   End            device memory; the host writes it once, then kernels advance it, so that a CUDA graph can replay them
+//   End            device memory; the host writes it once, then kernels advance it, so that a CUDA graph replays them
 //   FailureRecord  pinned host memory; the first operation that fails writes it, the host reads it
 //   Call           parameters of a kernel, the same at every replay: all that differs is in the End and the stamp
 //
-// A message is two RDMA WRITEs on one reliable connection: everything of the slot but its first 8 bytes, then these, the
+// A message is two RDMA WRITEs on one reliable connection: all of the slot but its first 8 bytes, then these, the
 // sequence number. The NIC performs them in that order; within one WRITE no order is relied on.
 #pragma once
 
@@ -71,7 +71,8 @@ struct alignas(kLine) End {
   // Set by the host.
   std::uint64_t id;  // 0 after the end was closed: then nothing below is valid
   char* region;
-  std::uint64_t peer_region;  // address in the peer's memory
+  std::uint64_t nic_region;   // address by which the NIC knows `region`; that of a dmabuf starts at 0
+  std::uint64_t peer_region;  // address by which the peer's NIC knows its region
   std::uint64_t slot_bytes;
   std::uint64_t timeout_ns;
   const std::uint64_t* stop;  // pinned host memory: the host of this side stops the end

@@ -133,8 +133,8 @@ LAMINA_DEVICE void StoreWqe(const SendQueue& queue, std::uint64_t index, const W
   for (std::uint32_t i = 0; i < kSegments; ++i) Store16(to + i * sizeof(Vec16), wqe.segment[i]);
 }
 
-// The NIC may fetch WQEs as soon as the record covers them; the doorbell only tells it to look. So the record must never
-// be behind the doorbell, nor ahead of the WQEs. (rdma-core keeps the same order in post_send_db.)
+// The NIC may fetch WQEs as soon as the record covers them; the doorbell only tells it to look. So the record must
+// never be behind the doorbell, nor ahead of the WQEs. (rdma-core keeps the same order in post_send_db.)
 LAMINA_DEVICE void RingDoorbell(const SendQueue& queue, std::uint64_t producer) {
   FenceSystem();
   StoreReleaseSystem(&queue.record[kSendRecord], SendRecordValue(producer));

@@ -41,8 +41,8 @@ inline constexpr std::uint32_t kReceiverNotReady = 0x16;
 
 // One RDMA WRITE as its poster sees it.
 struct alignas(16) Write {
-  std::uint64_t remote = 0;  // address in the peer's memory
-  std::uint64_t local = 0;   // address in ours; of an inline one, the 8 bytes themselves
+  std::uint64_t remote = 0;  // address by which the peer's NIC knows the target
+  std::uint64_t local = 0;   // address by which ours knows the source; if inline, the 8 bytes themselves
   std::uint32_t bytes = 0;   // 1 .. kMaxBytes; 0 bytes would mean 2 GB to the NIC
   std::uint32_t rkey = 0;
   std::uint32_t lkey = 0;
@@ -50,12 +50,12 @@ struct alignas(16) Write {
 };
 static_assert(sizeof(Write) == 32);
 
-LAMINA_DEVICE Write WriteFrom(std::uint64_t remote, std::uint32_t rkey, const void* local, std::uint32_t lkey,
+LAMINA_DEVICE Write WriteFrom(std::uint64_t remote, std::uint32_t rkey, std::uint64_t local, std::uint32_t lkey,
                               std::uint32_t bytes) {
   Write write;
   write.remote = remote;
   write.rkey = rkey;
-  write.local = reinterpret_cast<std::uintptr_t>(local);
+  write.local = local;
   write.lkey = lkey;
   write.bytes = bytes;
   return write;

@@ -51,14 +51,14 @@ void Exchange(World& world, int count, std::uint32_t num_slots, std::uint64_t sl
 // Messages in order, over rings of one and more slots.
 void Order(bool use_proxy) {
   for (const std::uint32_t num_slots : {1u, 2u, 3u, 8u}) {
-    World world({.seed = num_slots, .use_proxy = use_proxy});
+    World world({.seed = num_slots, .use_proxy = use_proxy, .log_num_wqes = 3});
     Exchange(world, 400, num_slots, 320);
   }
 }
 
 // Past 65536 WQEs, where the index in a WQE and in the doorbell record wraps, and many times around the send queue.
 void Wraparound() {
-  World world({.adversarial = false, .log_num_wqes = 6});
+  World world({.adversarial = false, .log_num_wqes = 3});
   Exchange(world, 33000, 16, 64);
   Check(world.a.nic.writes() == 66000, "66000 WRITEs, got " + std::to_string(world.a.nic.writes()));
 }
@@ -92,8 +92,8 @@ void TooLarge() {
   std::vector<char> data(129);
   SendOne(channel.writer, {{3, 2, 0}}, {{data.data(), 129}});
   CheckEqual(channel.writer.failure(),
-             "send of 'kv' (step 3, layer 2, batch 0) to the reader failed: the message has 192 bytes, more than a slot "
-             "of the ring; make the channel with a larger slot_bytes");
+             "send of 'kv' (step 3, layer 2, batch 0) to the reader failed: the message has 192 bytes, more than a "
+             "slot of the ring; make the channel with a larger slot_bytes");
   // The peer learns of it.
   RecvOne(channel.reader, {{3, 2, 0}}, {{data.data(), 129}});
   CheckEqual(channel.reader.failure(),
@@ -210,9 +210,11 @@ void Batches() {
   world.Start();
   std::int32_t sent = 42, got = 0;
   Stamp stamp{{0, 0, 1}}, out{};
-  Send(MakeCall({&first.writer.end, &second.writer.end}, 1, stamp, out, {{reinterpret_cast<char*>(&sent), 4}}), Block{});
+  char* const from = reinterpret_cast<char*>(&sent);
+  Send(MakeCall({&first.writer.end, &second.writer.end}, 1, stamp, out, {{from, 4}}), Block{});
   Check(out.words[2] == 1, "the stamp comes out as it went in");
-  Recv(MakeCall({&first.reader.end, &second.reader.end}, 1, stamp, out, {{reinterpret_cast<char*>(&got), 4}}), Block{});
+  char* const to = reinterpret_cast<char*>(&got);
+  Recv(MakeCall({&first.reader.end, &second.reader.end}, 1, stamp, out, {{to, 4}}), Block{});
   Check(got == 42 && second.reader.end.next == 1 && first.reader.end.next == 0, "it went over the second channel");
   for (const std::int32_t batch : {2, -1}) {
     const Stamp beyond{{0, 0, batch}};

@@ -23,8 +23,12 @@ namespace lamina::gda_test {
 using namespace lamina::cuda::gda;
 using nic_model::Nic;
 
-constexpr double kPatientS = 60.0;  // of waits that should succeed
-constexpr double kHastyS = 0.05;    // of waits that should not
+// Of waits that should succeed; less where failures are what is expected.
+inline double PatientS() {
+  static const char* const text = std::getenv("GDA_PATIENT_S");
+  return text == nullptr ? 60.0 : std::atof(text);
+}
+constexpr double kHastyS = 0.05;  // of waits that should not
 
 // Zeroed, on a cache line, exactly as long as asked for, so that AddressSanitizer sees the end of it.
 class Memory {
@@ -91,10 +95,13 @@ struct Endpoint {
 // One end of one channel.
 struct Half {
   Half(Endpoint& endpoint, Role role, std::uint32_t num_slots, std::uint64_t slot_bytes, bool use_proxy)
-      : region(RegionBytes(num_slots, slot_bytes)), keys(endpoint.nic.Register(region.data(), region.size(), true)) {
+      : region(RegionBytes(num_slots, slot_bytes)),
+        nic_address(role == Role::kWriter ? 0 : reinterpret_cast<std::uintptr_t>(region.data())),
+        keys(endpoint.nic.Register(region.data(), region.size(), nic_address, true)) {
     static std::uint64_t ids = 0;
     end.id = ++ids;
     end.region = region.data();
+    end.nic_region = nic_address;
     end.slot_bytes = slot_bytes;
     end.stop = &stop;
     end.record = &record;
@@ -104,7 +111,7 @@ struct Half {
     end.queue = endpoint.queue;
     end.proxy = endpoint.proxy;
     end.use_proxy = use_proxy;
-    SetTimeout(kPatientS);
+    SetTimeout(PatientS());
   }
 
   void SetTimeout(double seconds) {
@@ -113,7 +120,7 @@ struct Half {
   }
 
   void SetPeer(const Half& peer) {
-    end.peer_region = reinterpret_cast<std::uintptr_t>(peer.region.data());
+    end.peer_region = peer.nic_address;
     end.peer_rkey = peer.keys.rkey;
   }
 
@@ -122,6 +129,7 @@ struct Half {
   }
 
   Memory region;
+  std::uint64_t nic_address;  // 0, as of a dmabuf, or where the memory is
   nic_model::MemoryKeys keys;
   std::uint64_t stop = 0;
   FailureRecord record{};

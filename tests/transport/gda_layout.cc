@@ -69,7 +69,7 @@ void Pointer() {
     PointerWqe expected{};
     SetHead(expected, signaled);
     mlx5dv_set_data_seg(&expected.data, kBytes, kLkey, kLocal);
-    const Write write = WriteFrom(kRemote, kRkey, reinterpret_cast<const void*>(kLocal), kLkey, kBytes);
+    const Write write = WriteFrom(kRemote, kRkey, kLocal, kLkey, kBytes);
     Compare(expected, BuildWqe(write, kIndex, kQpn, signaled), "WQE with a pointer");
   }
 }
@@ -99,7 +99,7 @@ void Completions() {
   channel.writer.end.peer_rkey ^= 0x100;
   world.Start();
   // Three good WRITEs into the peer's header by its right key, one by a wrong key.
-  const auto at = reinterpret_cast<std::uintptr_t>(channel.reader.region.data());
+  const std::uint64_t at = channel.reader.nic_address;
   for (int i = 0; i < 4; ++i) {
     const Write write = WriteValue(at, channel.reader.keys.rkey ^ (i == 3 ? 0x100u : 0u), 1);
     Check(Post(world.a.queue, &write, 1, cuda::NowNs() + 10'000'000'000) == kOk, "post");
@@ -127,6 +127,6 @@ void Completions() {
 
 int main(int argc, char** argv) {
   using namespace lamina::gda_test;
-  return RunCases({{"pointer", Pointer}, {"inline", Inline}, {"doorbell", Doorbell}, {"completions", Completions}}, argc,
-                  argv);
+  return RunCases({{"pointer", Pointer}, {"inline", Inline}, {"doorbell", Doorbell}, {"completions", Completions}},
+                  argc, argv);
 }

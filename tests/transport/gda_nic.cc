@@ -4,17 +4,18 @@
 namespace lamina::gda_test {
 namespace {
 
+std::uint64_t At(const Memory& memory) { return reinterpret_cast<std::uintptr_t>(memory.data()); }
+
 // A queue on a NIC, and raw access to both, past the code that keeps the rules.
 struct Raw {
   explicit Raw(Setup setup = {.adversarial = false}) : world(setup), target(256), source(256) {
-    target_keys = world.b.nic.Register(target.data(), target.size(), true);
-    source_keys = world.a.nic.Register(source.data(), source.size(), false);
+    target_keys = world.b.nic.Register(target.data(), target.size(), At(target), true);
+    source_keys = world.a.nic.Register(source.data(), source.size(), At(source), false);
     world.Start();
   }
 
   Write GoodWrite() const {
-    return WriteFrom(reinterpret_cast<std::uintptr_t>(target.data()), target_keys.rkey, source.data(), source_keys.lkey,
-                     64);
+    return WriteFrom(At(target), target_keys.rkey, At(source), source_keys.lkey, 64);
   }
 
   Wqe GoodWqe(std::uint64_t index = 0) const { return BuildWqe(GoodWrite(), index, world.a.queue.qpn, true); }
@@ -188,7 +189,7 @@ void Access() {
   with([](Raw&, Write& w) { w.bytes = kMaxBytes; }, kLocalProtectionError, "2 GB");
   with(
       [](Raw& raw, Write& w) {
-        w.remote = reinterpret_cast<std::uintptr_t>(raw.source.data());
+        w.remote = At(raw.source);
         w.rkey = raw.source_keys.rkey;
       },
       kRemoteAccessError, "a key of the wrong NIC");
@@ -197,9 +198,9 @@ void Access() {
 void NoRemoteWrite() {
   World world({.adversarial = false});
   Memory target(64);
-  const auto keys = world.b.nic.Register(target.data(), 64, false);
+  const auto keys = world.b.nic.Register(target.data(), 64, At(target), false);
   world.Start();
-  const Write write = WriteValue(reinterpret_cast<std::uintptr_t>(target.data()), keys.rkey, 7);
+  const Write write = WriteValue(At(target), keys.rkey, 7);
   Check(Post(world.a.queue, &write, 1, cuda::NowNs() + 10'000'000'000) == kOk, "post");
   Until([&] { return PollCompletion(world.a.queue); });
   Check((ErrorOf(world.a.queue) & 0xff) == kRemoteAccessError, "not registered for remote writes");

@@ -44,12 +44,12 @@ void Nic::Stop() {
   if (thread_.joinable()) thread_.join();
 }
 
-MemoryKeys Nic::Register(void* address, std::uint64_t bytes, bool remote_write) {
+MemoryKeys Nic::Register(void* memory, std::uint64_t bytes, std::uint64_t nic_address, bool remote_write) {
   // Keys that differ between NICs, regions and directions, so that a mix-up cannot go unnoticed.
   const auto number = static_cast<std::uint32_t>(regions_.size() + 1);
   const std::uint32_t base = behaviour_.seed << 16 | number << 8;
   const MemoryKeys keys{base | 1, base | 2};
-  regions_.push_back({reinterpret_cast<std::uintptr_t>(address), bytes, keys, remote_write});
+  regions_.push_back({static_cast<unsigned char*>(memory), nic_address, bytes, keys, remote_write});
   return keys;
 }
 
@@ -183,24 +183,25 @@ std::uint8_t Nic::Perform(QueuePair& qp, const unsigned char* wqe) {
       return kSyndromeQpOperation;
     }
   } else {
-    const std::uint64_t local = Be64(wqe + 40);
-    if (!Covers(Be32(wqe + 36), false, local, bytes)) return kSyndromeLocalProtection;
-    from = reinterpret_cast<const unsigned char*>(local);
+    from = Find(Be32(wqe + 36), false, Be64(wqe + 40), bytes);
+    if (from == nullptr) return kSyndromeLocalProtection;
   }
   if (link_.load(std::memory_order_acquire) == Link::kDown) return kSyndromeRetries;
-  if (!qp.peer->Covers(rkey, true, remote, bytes)) return kSyndromeRemoteAccess;
-  Deliver(reinterpret_cast<unsigned char*>(remote), from, bytes);
+  unsigned char* const to = qp.peer->Find(rkey, true, remote, bytes);
+  if (to == nullptr) return kSyndromeRemoteAccess;
+  Deliver(to, from, bytes);
   writes_.fetch_add(1, std::memory_order_release);
   return 0;
 }
 
-bool Nic::Covers(std::uint32_t key, bool remote, std::uint64_t address, std::uint64_t bytes) const {
+unsigned char* Nic::Find(std::uint32_t key, bool remote, std::uint64_t address, std::uint64_t bytes) const {
   for (const Region& region : regions_) {
     if ((remote ? region.keys.rkey : region.keys.lkey) != key) continue;
-    if (remote && !region.remote_write) return false;
-    return address >= region.begin && bytes <= region.bytes && address - region.begin <= region.bytes - bytes;
+    if (remote && !region.remote_write) return nullptr;
+    if (address < region.begin || bytes > region.bytes || address - region.begin > region.bytes - bytes) return nullptr;
+    return region.memory + (address - region.begin);
   }
-  return false;
+  return nullptr;
 }
 
 // Eight aligned bytes arrive at once, with everything before them visible: PCIe writes of a device are not torn, and

@@ -3,10 +3,10 @@
 //
 // It is stricter than the hardware. Whatever the hardware would have to guess, tolerate or punish later is a
 // *violation*, which tests assert the absence of:
-//   - a doorbell for another queue pair, or for a WQE that the doorbell record does not cover yet, or a record that runs
-//     backwards, covers more than the queue holds, or has reserved bits set;
-//   - a WQE that does not carry its own position, or another opcode, size or queue pair than it must, or a reserved field
-//     that is not zero; WRITEs of zero bytes;
+//   - a doorbell for another queue pair, or for a WQE that the doorbell record does not cover yet, or a record that
+//     runs backwards, covers more than the queue holds, or has reserved bits set;
+//   - a WQE that does not carry its own position, or another opcode, size or queue pair than it must, or a reserved
+//     field that is not zero; WRITEs of zero bytes;
 //   - a completion queue without room for a completion that is due.
 // It is also adversarial where the hardware is free: within one WRITE the bytes arrive in pieces of random size, in
 // random order and with pauses; completions are held back and come late; only WQEs of one queue pair stay in order.
@@ -63,7 +63,8 @@ class Nic {
   Nic& operator=(const Nic&) = delete;
 
   // Before Start.
-  MemoryKeys Register(void* address, std::uint64_t bytes, bool remote_write);
+  // WQEs name the memory by addresses from `nic_address` on, which need not be where it is.
+  MemoryKeys Register(void* memory, std::uint64_t bytes, std::uint64_t nic_address, bool remote_write);
   void AddQueuePair(const QueuePairMemory& memory, Nic* peer);
   void Start();
 
@@ -78,7 +79,8 @@ class Nic {
 
  private:
   struct Region {
-    std::uintptr_t begin;
+    unsigned char* memory;
+    std::uint64_t begin;
     std::uint64_t bytes;
     MemoryKeys keys;
     bool remote_write;
@@ -112,7 +114,8 @@ class Nic {
   void WriteDueCompletions(QueuePair& qp, bool all);
   void WriteCompletion(QueuePair& qp, const Completion& completion);
 
-  bool Covers(std::uint32_t key, bool remote, std::uint64_t address, std::uint64_t bytes) const;
+  // Where in memory those bytes are; null if the key does not cover them.
+  unsigned char* Find(std::uint32_t key, bool remote, std::uint64_t address, std::uint64_t bytes) const;
   void Deliver(unsigned char* to, const unsigned char* from, std::uint64_t bytes);
   void DeliverPieces(unsigned char* to, const unsigned char* from, std::uint64_t bytes);
   void Pause();
