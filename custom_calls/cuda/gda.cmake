@@ -13,8 +13,8 @@ add_library(lamina_gda_kernels STATIC ${gda_dir}/gda_kernels.cu)
 set_target_properties(lamina_gda_kernels PROPERTIES
   POSITION_INDEPENDENT_CODE ON CUDA_RUNTIME_LIBRARY Static CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON)
 target_include_directories(lamina_gda_kernels PRIVATE ${gda_custom_calls} ${gda_dir})
-# Functions of message.h are constexpr and know nothing of CUDA.
-target_compile_options(lamina_gda_kernels PRIVATE --expt-relaxed-constexpr)
+# Functions of message.h are constexpr and know nothing of CUDA. 20014: a kernel's Block is for the device only.
+target_compile_options(lamina_gda_kernels PRIVATE --expt-relaxed-constexpr -diag-suppress 20014)
 
 set(gda_sources gda_end.cc gda_failure.cc gda_ffi_handlers.cc gda_module.cc gda_proxy_thread.cc)
 list(TRANSFORM gda_sources PREPEND ${gda_dir}/)

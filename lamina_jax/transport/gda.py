@@ -333,7 +333,8 @@ class GdaEnd:
             f"slot_bytes must be a multiple of 64 below 2 GB, got {slot_bytes}",
         )
         _require(timeout_s > 0, f"timeout_s must be positive, got {timeout_s}")
-        self.role, self.num_slots, self.slot_bytes = role, num_slots, slot_bytes
+        self.role: Role = role
+        self.num_slots, self.slot_bytes = num_slots, slot_bytes
         self._link = link
         self._end = _calls().GpuEnd.make(
             device=link.gpu,

@@ -99,6 +99,24 @@ def test_bytes_are_those_of_rdma_core(tmp_path):
     require_ok(program, LAYOUT_CASES)
 
 
+def test_kernels_on_a_gpu(tmp_path):
+    """The same code in kernels and CUDA graphs, the software NIC polling pinned memory."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None or shutil.which("nvidia-smi") is None:
+        pytest.skip("needs nvcc and a GPU")
+    program = tmp_path / "gda_gpu"
+    # 20014: groups of tests live on the host only, those of kernels on the device only.
+    flags = ["-std=c++20", "-arch=native", "--expt-relaxed-constexpr", "-O1", "-diag-suppress", "20014"]
+    names = [*LIBRARY, "cuda/gda_kernels.cu", "wording.cc"]
+    files = [HERE / "gda_gpu.cu", *(CUSTOM_CALLS / name for name in names if (CUSTOM_CALLS / name).exists())]
+    include = [f"-I{CUSTOM_CALLS}", f"-I{CUSTOM_CALLS / 'cuda'}", f"-I{HERE}"]
+    subprocess.run([nvcc, *flags, *include, *map(str, files), "-o", str(program)], check=True, timeout=300)
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=200)
+    if done.returncode == 77:
+        pytest.skip(done.stdout.strip())
+    assert (done.returncode, done.stdout) == (0, "ok small\nok large\nok proxy\n"), done.stdout + done.stderr
+
+
 @dataclasses.dataclass(frozen=True)
 class Mutation:
     """A mistake: in `file`, `right` (statements if it ends with a semicolon, else an expression) becomes `wrong`.

@@ -3,6 +3,7 @@
 import ctypes
 import importlib.util
 import subprocess
+from typing import Any
 
 import pytest
 
@@ -106,5 +107,6 @@ def test_link_says_what_is_missing():
 )
 def test_end_refuses(arguments, message):
     link = object.__new__(gda.Link)  # arguments are looked at before the link is
+    good: dict[str, Any] = {"role": "writer", "peer": "the peer", "slot_bytes": 64}
     with pytest.raises(ValueError, match=message):
-        gda.GdaEnd(link, **({"role": "writer", "peer": "the peer", "slot_bytes": 64} | arguments))
+        gda.GdaEnd(link, **(good | arguments))
