@@ -62,7 +62,7 @@ def build(program: pathlib.Path, sources: list[str], sanitizer: str, custom_call
 def run(program: pathlib.Path, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     # -R: the sanitizer of older compilers does not know how far newer kernels spread addresses.
     command = ["setarch", "-R", str(program), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    return subprocess.run(command, capture_output=True, text=True, timeout=500, env=env)
 
 
 def require_ok(program: pathlib.Path, cases: list[str]) -> None:
