@@ -100,7 +100,7 @@ def _run(decoder: pipeline.Decoder, ahead: int) -> Run:
         plan_s.append(planned - start)
         dispatch_s.append(time.perf_counter() - planned)
         if step == _STEPS.value // 2:
-            waiting = sum(not all(x.is_ready() for x in tokens) for tokens in in_flight)
+            waiting = sum(not all(map(_is_ready, tokens)) for tokens in in_flight)
             began = time.monotonic_ns()
             time.sleep(_PAUSE_MS.value / 1e3)
             paused = (began, time.monotonic_ns())
@@ -120,6 +120,10 @@ def _intervals(ends: list[int], paused: tuple[int, int]) -> tuple[list[float], l
         elif end < paused[0] or before > paused[1]:
             outside.append((end - before) / 1e6)
     return inside, outside
+
+
+def _is_ready(array: jax.Array) -> bool:
+    return array.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _read(tokens: list[jax.Array]) -> None:

@@ -1,0 +1,116 @@
+// What the end of a `gda` channel keeps in memory, and what one call brings along.
+//
+//   Region         memory registered with the NIC, one at each end: a header, then num_slots slots as in message.h. The
+//                  writer's slots are where it stages messages, the reader's are where they arrive. A header holds what
+//                  the peer writes: the reader its credit, and either end that it has stopped.
+//   End            device memory; the host writes it once, then kernels advance it, so that a CUDA graph replays them
+//   FailureRecord  pinned host memory; the first operation that fails writes it, the host reads it
+//   Call           parameters of a kernel, the same at every replay: all that differs is in the End and the stamp
+//
+// A message is two RDMA WRITEs on one reliable connection: all of the slot but its first 8 bytes, then these, the
+// sequence number. The NIC performs them in that order; within one WRITE no order is relied on.
+#pragma once
+
+#include <cstdint>
+
+#include "gda_proxy.h"
+#include "gda_queue.h"
+#include "message.h"
+
+namespace lamina::cuda::gda {
+
+inline constexpr int kMaxTensors = 32;
+inline constexpr int kMaxBatches = 32;
+
+// Why an operation failed. kNone must be 0.
+enum class Reason : std::uint32_t {
+  kNone = 0,
+  kTimeout,
+  kAborted,      // by this side
+  kClosed,       // by this side
+  kPeerAborted,
+  kPeerClosed,
+  kSequence,     // the slot holds a message with another number
+  kMessage,      // the slot holds another message
+  kTooLarge,
+  kNoChannel,    // the stamp names a batch that the program has no channel for
+  kQueue,        // the send queue broke: `queue_error` says how
+  kEarlier,      // an operation before this one has failed and is on record
+};
+
+// `got` is the message in the slot (kMessage) and its batch the number of channels (kNoChannel).
+struct alignas(kLine) FailureRecord {
+  Message expected;
+  Message got;
+  std::uint64_t expected_sequence;  // numbers of messages (kSequence)
+  std::uint64_t got_sequence;
+  std::uint32_t queue_error;  // as QueueState::error (kQueue)
+  std::uint32_t reason;       // a Reason; stored last
+};
+
+// Values of the words by which one side says that it has stopped; 0 before. A higher one replaces a lower one.
+inline constexpr std::uint64_t kStopClosed = 1;   // what was sent before may still be received
+inline constexpr std::uint64_t kStopAborted = 2;  // nothing succeeds any more
+
+struct RegionHeader {
+  alignas(kLine) std::uint64_t credit;     // messages that the reader has given back
+  alignas(kLine) std::uint64_t peer_stop;
+};
+static_assert(sizeof(RegionHeader) == 2 * kLine);
+
+inline constexpr std::uint64_t RegionBytes(std::uint64_t num_slots, std::uint64_t slot_bytes) {
+  return sizeof(RegionHeader) + num_slots * SlotStride(slot_bytes);
+}
+
+// Messages that the reader takes before it gives their slots back, so that a credit costs a WRITE only so often. The
+// writer, once it finds no room, has at least that many messages to wait for, so it never waits for a credit that the
+// reader withholds.
+LAMINA_DEVICE std::uint32_t CreditBatch(std::uint32_t num_slots) { return num_slots < 2 ? 1 : num_slots / 2; }
+
+struct alignas(kLine) End {
+  // Set by the host.
+  std::uint64_t id;  // 0 after the end was closed: then nothing below is valid
+  char* region;
+  std::uint64_t nic_region;   // address by which the NIC knows `region`; that of a dmabuf starts at 0
+  std::uint64_t peer_region;  // address by which the peer's NIC knows its region
+  std::uint64_t slot_bytes;
+  std::uint64_t timeout_ns;
+  const std::uint64_t* stop;  // pinned host memory: the host of this side stops the end
+  FailureRecord* record;
+  std::uint32_t lkey;
+  std::uint32_t peer_rkey;
+  std::uint32_t num_slots;
+  Role role;
+  SendQueue queue;
+  ProxyQueue proxy;
+  std::uint32_t use_proxy;  // 0: `queue`, else `proxy`; the other one is not valid
+
+  // Advanced by kernels.
+  alignas(kLine) std::uint64_t next;  // number of the message that comes next
+  std::uint32_t next_slot;            // next % num_slots, as a division of 64 bits is slow on a GPU
+  std::uint64_t credited;             // reader: messages given back so far
+  std::uint32_t arrived;              // blocks of the running kernel that are done
+  std::uint32_t failed;               // 1 from the first failure on
+};
+
+struct Tensor {
+  char* data;  // device memory; may be null if it has no bytes
+  std::uint64_t bytes;
+};
+
+struct Call {
+  const std::int32_t* stamp;  // device memory: step, layer, batch
+  std::int32_t* stamp_out;
+  std::uint64_t payload_bytes;
+  std::uint64_t layout;
+  std::int32_t tag;
+  std::uint32_t num_tensors;
+  std::uint32_t num_ends;
+  End* ends[kMaxBatches];  // by batch
+  std::uint64_t ids[kMaxBatches];
+  Tensor tensors[kMaxTensors];
+};
+
+static_assert(sizeof(Call) <= 4096, "kernel parameters have room for 4096 bytes");
+
+}  // namespace lamina::cuda::gda

@@ -1,0 +1,58 @@
+#include "gda_proxy_thread.h"
+
+namespace lamina::cuda::gda {
+namespace {
+
+// How long the NIC may leave the send queue full. It ends on its own terms well before: by a completion or an error.
+constexpr std::uint64_t kPostNs = 60'000'000'000;
+constexpr std::uint32_t kIdlePolls = 64;
+
+}  // namespace
+
+ProxyThread::ProxyThread(ProxyQueue proxy, SendQueue queue)
+    : proxy_(proxy), queue_(queue), thread_([this] { Run(); }) {}
+
+ProxyThread::~ProxyThread() {
+  stop_.store(true, std::memory_order_release);
+  thread_.join();
+}
+
+// What was asked for before the destructor is still posted.
+void ProxyThread::Run() {
+  while (true) {
+    const bool stopping = stop_.load(std::memory_order_acquire);
+    bool idle = true;
+    for (std::uint32_t poll = 0; poll < kIdlePolls; ++poll) {
+      while (TakeOne()) idle = false;
+    }
+    // Device code waits for answers, not for completions, so an error shows only if somebody looks.
+    while (PollCompletion(queue_)) {
+    }
+    if (const std::uint32_t error = ErrorOf(queue_); error != kOk) Report(error);
+    if (stopping && idle) return;
+    if (idle) std::this_thread::yield();
+  }
+}
+
+bool ProxyThread::TakeOne() {
+  const ProxyEntry& entry = EntryAt(proxy_, taken_);
+  if (LoadAcquireSystem(&entry.sequence) != taken_ + 1) return false;
+  writes_.push_back(entry.write);
+  const bool last = entry.last != 0;
+  StoreReleaseSystem(&proxy_.words->taken, ++taken_);
+  if (last) PostTaken();
+  return true;
+}
+
+void ProxyThread::PostTaken() {
+  const std::uint32_t error =
+      Post(queue_, writes_.data(), static_cast<std::uint32_t>(writes_.size()), NowNs() + kPostNs);
+  writes_.clear();
+  if (error != kOk) Report(error);
+}
+
+void ProxyThread::Report(std::uint32_t error) {
+  if (LoadRelaxedSystem(&proxy_.words->error) == kOk) StoreReleaseSystem(&proxy_.words->error, error);
+}
+
+}  // namespace lamina::cuda::gda

@@ -1,0 +1,112 @@
+"""What of the set-up of gda channels can be tested without a NIC: its refusals, and the structures it shares with C."""
+
+import ctypes
+import importlib.util
+import subprocess
+from typing import Any
+
+import pytest
+
+from lamina_jax.transport import gda
+
+HEADERS = "#include <cstddef>\n#include <cstdio>\n#include <infiniband/mlx5dv.h>\n"
+
+STRUCTURES = {
+    "ibv_qp_cap": gda._Cap,
+    "ibv_qp_init_attr": gda._QpInitAttr,
+    "ibv_global_route": gda._GlobalRoute,
+    "ibv_ah_attr": gda._AhAttr,
+    "ibv_qp_attr": gda._QpAttr,
+    "ibv_qp": gda._QpHead,
+    "mlx5dv_qp": gda._DvQp,
+    "mlx5dv_cq": gda._DvCq,
+}
+# Fields whose names are a path in C.
+PATHS = {"bf_reg": "bf.reg", "bf_size": "bf.size"}
+
+CONSTANTS = {
+    "IBV_QPT_RC": gda._RC,
+    "IBV_QPS_INIT": gda._INIT,
+    "IBV_QPS_RTR": gda._RTR,
+    "IBV_QPS_RTS": gda._RTS,
+    "IBV_LINK_LAYER_ETHERNET": gda._ETHERNET,
+    "IBV_ACCESS_LOCAL_WRITE": gda._LOCAL_WRITE,
+    "IBV_ACCESS_REMOTE_WRITE": gda._REMOTE_WRITE,
+    "MLX5DV_OBJ_QP": gda._OBJ_QP,
+    "MLX5DV_OBJ_CQ": gda._OBJ_CQ,
+    "IBV_QP_STATE | IBV_QP_ACCESS_FLAGS | IBV_QP_PKEY_INDEX | IBV_QP_PORT": gda._MASK_INIT,
+    "IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_RQ_PSN | IBV_QP_MIN_RNR_TIMER | IBV_QP_MAX_DEST_RD_ATOMIC"
+    " | IBV_QP_DEST_QPN": gda._MASK_RTR,
+    "IBV_QP_STATE | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_MAX_QP_RD_ATOMIC"
+    " | IBV_QP_SQ_PSN": gda._MASK_RTS,
+    "sizeof(mlx5dv_obj)": ctypes.sizeof(gda._DvObj),
+    "offsetof(mlx5dv_obj, cq)": 2 * ctypes.sizeof(ctypes.c_void_p),
+}
+
+
+def what_c_says(expressions: list[str], folder) -> list[int]:
+    lines = "\n".join(f'std::printf("%zu\\n", std::size_t({expression}));' for expression in expressions)
+    source = folder / "ask.cc"
+    source.write_text(f"{HEADERS}int main() {{\n{lines}\n}}\n")
+    subprocess.run(["g++", "-std=c++17", str(source), "-o", str(folder / "ask")], check=True, timeout=120)
+    answer = subprocess.run([str(folder / "ask")], capture_output=True, text=True, check=True, timeout=60)
+    return [int(line) for line in answer.stdout.split()]
+
+
+@pytest.fixture
+def headers() -> None:
+    found = subprocess.run(["g++", "-E", "-x", "c++", "-"], input=HEADERS, capture_output=True, text=True, timeout=60)
+    if found.returncode != 0:
+        pytest.skip("needs rdma-core's headers: apt-get install libibverbs-dev")
+
+
+@pytest.mark.usefixtures("headers")
+def test_structures_are_those_of_rdma_core(tmp_path):
+    expected: dict[str, int] = dict(CONSTANTS)
+    for name, structure in STRUCTURES.items():
+        if structure is not gda._QpHead:  # only the start of it
+            expected[f"sizeof({name})"] = ctypes.sizeof(structure)
+        for field, *_ in structure._fields_:
+            expected[f"offsetof({name}, {PATHS.get(field, field)})"] = getattr(structure, field).offset
+    assert dict(zip(expected, what_c_says(list(expected), tmp_path), strict=True)) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gpu": -1}, "gpu must be CUDA's number of a GPU, got -1"),
+        ({"port": 0}, "port counts from 1, got 0"),
+        ({"gid_index": -1}, "gid_index must not be negative, got -1"),
+        ({"num_wqes": 1000}, "num_wqes must be a power of two, got 1000"),
+        ({"num_wqes": 8}, "num_wqes must be 16 to 32768, got 8"),
+        ({"num_wqes": 65536}, "num_wqes must be 16 to 32768, got 65536"),
+    ],
+)
+def test_link_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        gda.Link(**({"device": "mlx5_0", "gpu": 0} | arguments))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("pyverbs") is not None and importlib.util.find_spec("lamina_jax._gda_calls") is not None,
+    reason="everything that a link needs is installed",
+)
+def test_link_says_what_is_missing():
+    with pytest.raises(ImportError, match=r"gda channels need .*(nvcc|pyverbs)"):
+        gda.Link(device="mlx5_0", gpu=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_slots": 0}, "num_slots must be at least 1, got 0"),
+        ({"slot_bytes": 100}, "slot_bytes must be a multiple of 64 below 2 GB, got 100"),
+        ({"slot_bytes": 1 << 31}, "slot_bytes must be a multiple of 64 below 2 GB, got 2147483648"),
+        ({"timeout_s": 0.0}, "timeout_s must be positive, got 0"),
+    ],
+)
+def test_end_refuses(arguments, message):
+    link = object.__new__(gda.Link)  # arguments are looked at before the link is
+    good: dict[str, Any] = {"role": "writer", "peer": "the peer", "slot_bytes": 64}
+    with pytest.raises(ValueError, match=message):
+        gda.GdaEnd(link, **(good | arguments))
