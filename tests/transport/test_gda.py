@@ -54,7 +54,7 @@ def build(program: pathlib.Path, sources: list[str], sanitizer: str, custom_call
     """Compiles a test of this directory with the given sanitizer."""
     flags = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", f"-fsanitize={sanitizer}", "-pthread"]
     include = [f"-I{custom_calls}", f"-I{custom_calls / 'cuda'}", f"-I{HERE}"]
-    library = [custom_calls / name for name in [*LIBRARY, "wording.cc"] if (custom_calls / name).exists()]
+    library = [custom_calls / name for name in LIBRARY]
     files = [str(path) for path in [*(HERE / name for name in sources), *library]]
     subprocess.run(["g++", *flags, *include, *files, "-o", str(program)], check=True, timeout=300)
 
@@ -107,7 +107,7 @@ def test_kernels_on_a_gpu(tmp_path):
     program = tmp_path / "gda_gpu"
     # 20014: groups of tests live on the host only, those of kernels on the device only.
     flags = ["-std=c++20", "-arch=native", "--expt-relaxed-constexpr", "-O1", "-diag-suppress", "20014"]
-    names = [*LIBRARY, "cuda/gda_kernels.cu", "wording.cc"]
+    names = [*LIBRARY, "cuda/gda_kernels.cu"]
     files = [HERE / "gda_gpu.cu", *(CUSTOM_CALLS / name for name in names if (CUSTOM_CALLS / name).exists())]
     include = [f"-I{CUSTOM_CALLS}", f"-I{CUSTOM_CALLS / 'cuda'}", f"-I{HERE}"]
     subprocess.run([nvcc, *flags, *include, *map(str, files), "-o", str(program)], check=True, timeout=300)
