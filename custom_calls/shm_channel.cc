@@ -269,7 +269,7 @@ Status ShmChannel::SleepUntilReady(const Message& message) {
     const auto now = Clock::now();
     const auto left = deadline - now;
     if (left <= left.zero()) {
-      return Fail(message, Code::kDeadlineExceeded, TimeoutReason(options_.role, options_.timeout_s));
+      return Fail(message, Code::kDeadlineExceeded, TimeoutReason(options_.role, options_.timeout_s) + kPeerLives);
     }
     Doze(seen, now - start, left);
   }

@@ -77,8 +77,7 @@ std::string TimeoutReason(Role role, double timeout_s) {
   std::string seconds = std::to_string(timeout_s);
   seconds.erase(seconds.find_last_not_of('0') + 1);
   if (seconds.back() == '.') seconds.pop_back();
-  return (role == Role::kReader ? "no message came in " : "no slot of the ring came free in ") + seconds +
-         " s, though the peer process has not ended";
+  return (role == Role::kReader ? "no message came in " : "no slot of the ring came free in ") + seconds + " s";
 }
 
 std::string NoChannel(Role role, const Message& message, std::size_t num_channels) {

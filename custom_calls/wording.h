@@ -35,6 +35,7 @@ std::string Mismatch(const char* what, std::int64_t expected, std::int64_t got);
 std::string Difference(const Message& expected, const Message& got);  // empty if they agree
 std::string TooLarge(std::uint64_t message_bytes, std::uint64_t slot_bytes);
 std::string TimeoutReason(Role role, double timeout_s);
+inline constexpr char kPeerLives[] = ", though the peer process has not ended";  // behind a TimeoutReason, where known
 inline constexpr char kSelfClosed[] = "this side has closed the channel";
 inline constexpr char kSelfAborted[] = "this side has aborted the channel";
 inline constexpr char kPeerAborted[] = "the peer has aborted the channel";

@@ -206,7 +206,7 @@ Code CodeOf(Reason reason) {
 std::string Explain(Reason reason, const FailureRecord& record, const EndOptions& options, std::uint64_t slot_bytes) {
   switch (reason) {
     case Reason::kTimeout:
-      return TimeoutReason(options.role, options.timeout_s);
+      return TimeoutReason(options.role, options.timeout_s) + kPeerLives;
     case Reason::kPeerDied:
       return kPeerDied;
     case Reason::kPeerAborted:

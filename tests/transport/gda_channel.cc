@@ -198,7 +198,7 @@ void OtherMessage() {
   const std::vector<Difference> differences = {
       {{{2, 1, 0}}, 1, {64, 64}, "expected step 2, got 1"},
       {{{1, 0, 0}}, 1, {64, 64}, "expected layer 0, got 1"},
-      {{{1, 1, 0}}, 2, {64, 64}, "expected tag 2, got 1"},
+      {{{1, 1, 0}}, 2, {64, 64}, "expected tag 2, got 'kv'"},
       {{{1, 1, 0}}, 1, {64}, "expected tensor count 1, got 2"},
       {{{1, 1, 0}}, 1, {64, 128}, "expected payload bytes 192, got 128"},
       {{{1, 1, 0}}, 1, {63, 64}, "its tensors differ in dtype, or in how the bytes are divided among them"},
