@@ -80,7 +80,7 @@ def _measure(model, ahead: int) -> tuple[Run, list[int]]:
             run = _run(decoder, ahead)
         finally:
             decoder.close()
-        spans = timeline.read_spans(timeline.write(directory, timeline.MODEL_WORKER))[timeline.MODEL_WORKER]
+        spans = timeline.read_spans(timeline.finish(directory))[timeline.MODEL_WORKER]
     ends: dict[int, int] = {}
     for span in spans:
         if span.name == "recv attended" and span.end_ns > start:

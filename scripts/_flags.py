@@ -88,8 +88,9 @@ def define_engine_flags() -> None:
     )
     flags.DEFINE_integer(
         "min_batch_seqs",
-        32,
-        "Sequences that each batch must get before there is another one: every batch reads all weights.",
+        None,
+        "Sequences that each batch must get before there is another one, as every batch reads all weights; if not "
+        "given, 32 on a CPU and 8 on a GPU, or fewer if max_num_seqs is too small for num_batches of them.",
         lower_bound=1,
     )
     flags.DEFINE_bool("overlap", True, "Start attention over the cache while k and v are still being computed.")

@@ -4,11 +4,14 @@ import dataclasses
 import functools
 import itertools
 
+import jax
 import numpy as np
 import pytest
 
 from lamina_jax import LLM, SamplingParams
 from lamina_jax.models import ModelConfig
+from lamina_jax.runtime import split
+from lamina_jax.runtime.schedule import turns
 from lamina_jax.testing import TINY_CONFIGS, write_tiny_checkpoint
 
 RNG = np.random.default_rng(0)
@@ -55,6 +58,39 @@ def generate_split(checkpoint, prompts, params, **options):
         llm._worker.run_with_logits = recorded
         outputs = llm.generate(prompts, params, use_tqdm=False)
     return [o.outputs for o in outputs], in_flight
+
+
+@pytest.mark.parametrize("num_batches", [1, 2, 3, 4])
+def test_slices_are_dispatched_by_the_schedule(checkpoint, monkeypatch, num_batches):
+    """Requests join and leave, so that batches sit steps out."""
+    dispatched, scheduled = [], []
+
+    def planned(batches, num_slices, **rest):
+        order = turns(batches, num_slices, **rest)
+        scheduled.extend(order)
+        return order
+
+    def dispatch(self, turn, values, stamp):
+        device = next(iter(stamp.devices())) if isinstance(stamp, jax.Array) else None
+        result = original(self, turn, values, stamp)
+        (placed,) = result.devices()
+        assert device in (None, placed)
+        dispatched.append((turn, placed.id))
+        return result
+
+    original = split._SlicedModel.dispatch
+    monkeypatch.setattr(split, "turns", planned)
+    monkeypatch.setattr(split._SlicedModel, "dispatch", dispatch)
+    generate_split(checkpoint, PROMPTS, PARAMS, num_batches=num_batches, num_attention_workers=1)
+    assert [turn for turn, _ in dispatched] == scheduled
+    replicas = max(1, num_batches - 1)
+    slices = {b: [t for t in scheduled if t.batch == b] for b in range(num_batches)}
+    assert all([t.slice for t in turns_of] == [k % 3 for k in range(len(turns_of))] for turns_of in slices.values())
+    # Each replica is a device of its own, and a batch moves on to the next one with every slice.
+    assert {(t.replica, device) for t, device in dispatched} == {(r, r) for r in range(replicas)}
+    for turns_of in slices.values():
+        within = [(b.replica - a.replica) % replicas for a, b in itertools.pairwise(turns_of) if b.slice]
+        assert set(within) <= {1 % replicas}
 
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")

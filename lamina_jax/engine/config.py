@@ -31,7 +31,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_prefill_tokens: int = 512
     num_batches: int = 2
-    min_batch_seqs: int = 32
+    min_batch_seqs: int | None = None
     overlap: bool = True
     kv_cache_bytes: int | None = None
     attention_kernel: str = "auto"
@@ -64,6 +64,8 @@ class EngineConfig:
         check_platforms(self.model_platform, self.attention_platform)
         self._check_division()
         check_name(self.attention_kernel)
+        if self.trace_dir is not None and not self.num_attention_workers:
+            raise ValueError("trace_dir records messages between workers, and num_attention_workers=0 has none.")
         if self.model_platform == "cuda" and self.num_batches > 2:
             raise ValueError(
                 f"num_batches is {self.num_batches}, which takes {self.num_batches - 1} replicas of the model, and "

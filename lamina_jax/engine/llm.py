@@ -80,7 +80,8 @@ class LLM:
             worker may take; None is 0.9 of it, divided by the workers that share the GPU.
         num_batches: most batches in flight at a time, so that one's slices run while another's attention does; 1 is
             off.
-        min_batch_seqs: sequences that each batch must get before there is another one.
+        min_batch_seqs: sequences that each batch must get before there is another one; None is 32 where all workers
+            share a CPU, 8 where the model is on a GPU, and never so many that max_num_seqs are too few for num_batches.
         overlap: start attention over the cache while k and v are still being computed.
         kv_cache_bytes: memory for the KV cache over all workers; by default a quarter of what is free at most.
         attention_kernel: name in `lamina_jax.attention.kernels.KERNELS`, or "auto" for the fastest one that runs on
@@ -117,9 +118,10 @@ class LLM:
         self._requests = itertools.count()
         self._closed_because: str | None = None
         self._busy = False
-        if config.trace_dir is not None:
-            timeline.start(Path(config.trace_dir))
         with contextlib.ExitStack() as undo:
+            if config.trace_dir is not None:
+                timeline.start(Path(config.trace_dir))
+                undo.callback(timeline.discard)
             # Workers start up while the weights are read.
             pool = None
             if config.num_attention_workers:
@@ -147,7 +149,7 @@ class LLM:
                 page_size=config.page_size,
                 num_pages=size.num_pages,
                 num_batches=config.num_batches,
-                min_batch_seqs=config.min_batch_seqs,
+                min_batch_seqs=_min_batch_seqs(config),
             )
             executor = _make_executor(config, loaded, pool, places, self._limits)
             undo.pop_all()
@@ -315,10 +317,18 @@ class LLM:
             raise shown from error
         finally:
             # After Ctrl-C, or when the caller wants no more outputs, steps may still be under way.
-            if not run.drain(patience):
+            self._drain(run, patience)
+
+    def _drain(self, run: "_Run", patience: float) -> None:
+        drained = False
+        try:
+            drained = run.drain(patience)
+        finally:
+            # Also when a second Ctrl-C cuts the wait short.
+            self._busy = False
+            if not drained:
                 self._closed_because = "a step did not end after it was interrupted."
                 self.close()
-            self._busy = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -461,6 +471,14 @@ def _make_executor(
         max_step_tokens=limits.max_step_tokens,
         timeout_s=config.timeout_s,
     )
+
+
+def _min_batch_seqs(config: EngineConfig) -> int:
+    if config.min_batch_seqs is not None:
+        return config.min_batch_seqs
+    # Measured on two cores that model and attention share: smaller batches cost more than overlapping them gains.
+    worth = 32 if config.model_platform == "cpu" else 8
+    return max(1, min(worth, config.max_num_seqs // config.num_batches))
 
 
 def _num_model_gpus(config: EngineConfig) -> int:

@@ -158,25 +158,26 @@ class Scheduler:
         return [self._plan(group, bucket) for group in groups]
 
     def _admit(self) -> None:
-        num_batches = self._batches_worth_having()
+        batches = self._batches_to_join()
         while self._waiting and self._free_slots:
             needed = self._pages_needed(self._waiting[0])
             if needed > len(self._free_pages):
                 return
             sequence = self._waiting.popleft()
-            sequence.batch = self._smallest_batch(num_batches)
+            sequence.batch = min(batches, key=lambda b: sum(s.batch == b for s in self._running))
             sequence.slot = self._free_slots.pop()
             sequence.pages = [self._free_pages.pop() for _ in range(needed)]
             self._running.append(sequence)
 
-    def _batches_worth_having(self) -> int:
-        count = min(len(self._running) + len(self._waiting), self._limits.max_num_seqs)
-        return min(max(count // self._limits.min_batch_seqs, 1), self._limits.num_batches)
-
-    def _smallest_batch(self, num_batches: int) -> int:
-        """Of the first so many; sequences stay in the batch that they began in, so that there may be more."""
-        sizes = [sum(s.batch == b for s in self._running) for b in range(num_batches)]
-        return sizes.index(min(sizes))
+    def _batches_to_join(self) -> list[int]:
+        """The batches that there are, and as many more as are worth it now. Sequences stay in the batch that they began
+        in: one that is opened for a single latecomer would be a batch of one, as wide as the others."""
+        joining = min(len(self._waiting), len(self._free_slots))
+        least, most = self._limits.min_batch_seqs, self._limits.num_batches
+        used = sorted({s.batch for s in self._running})
+        worth = min((len(self._running) + joining) // least, len(used) + joining // least, most)
+        others = [b for b in range(most) if b not in used]
+        return used + others[: max(worth, 1) - len(used)] if worth > len(used) or not used else used
 
     def _prefill(self) -> list[SequenceState]:
         """As many sequences, in order, as have prompt left and whose batches fit one bucket."""

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.core import ShapedArray
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from lamina_jax.attention.attend import attend_p
 from lamina_jax.attention.params import AttendParams
@@ -139,7 +139,7 @@ def cut(traced: Traced) -> Partition:
         ValueError: there is no attend (names the function's first line); two attends do not depend on one another, so
             that they cannot follow each other as layers do (names their source lines); or an output is a constant.
     """
-    if any(isinstance(v, Literal) for v in traced.outvars):
+    if any(isinstance(v, Literal) or v in traced.weight_vars for v in traced.outvars):
         raise ValueError("An output of the model does not depend on its inputs; it cannot be produced by a slice.")
     eqns = _needed(traced.eqns, traced.outvars)
     stages = _stages(eqns)
@@ -361,27 +361,40 @@ def _structure(program: SliceProgram) -> str:
     def note(*parts: Any) -> None:
         digest.update(repr(parts).encode())
 
-    def name(atom: Var | Literal) -> Any:
-        if isinstance(atom, Literal):
-            return ("literal", str(atom.aval), np.asarray(atom.val).tobytes())
-        return (names.setdefault(atom, len(names)), str(atom.aval))
-
     for group in (program.weights, program.reads, [program.attended] if program.attended else []):
-        note("arguments", [name(v) for v in group])
+        note("arguments", _named(group, names))
     for group in (program.before_attended, program.before_q, program.before_kv, program.rest):
-        for eqn in group:
-            operands, params = [name(v) for v in eqn.invars], _frozen(eqn.params)
-            note(eqn.primitive.name, params, operands, [name(v) for v in eqn.outvars])
-        note("end of group")
-    note("attends", [name(v) for v in program.attends or ()], "writes", [name(v) for v in program.writes])
+        note("group", _frozen_eqns(group, names))
+    note("attends", _named(program.attends or (), names), "writes", _named(program.writes, names))
     return digest.hexdigest()
+
+
+def _named(atoms: Iterable[Var | Literal], names: dict[Var, int]) -> list[Any]:
+    """Variables by the order in which they first appear, literals by value."""
+    return [
+        ("literal", str(a.aval), np.asarray(a.val).tobytes())
+        if isinstance(a, Literal)
+        else (names.setdefault(a, len(names)), str(a.aval))
+        for a in atoms
+    ]
+
+
+def _frozen_eqns(eqns: Iterable[JaxprEqn], names: dict[Var, int]) -> list[Any]:
+    return [(e.primitive.name, _frozen(e.params), _named(e.invars, names), _named(e.outvars, names)) for e in eqns]
+
+
+def _frozen_jaxpr(jaxpr: Jaxpr) -> Any:
+    # Not by its text, which shows neither the constants of what is nested in it nor all of an array.
+    names: dict[Var, int] = {}
+    heads = [_named(variables, names) for variables in (jaxpr.constvars, jaxpr.invars)]
+    return heads, _frozen_eqns(jaxpr.eqns, names), _named(jaxpr.outvars, names)
 
 
 def _frozen(param: Any) -> Any:
     """Something whose repr stands for an equation's parameter by value, arrays included."""
     match param:
         case ClosedJaxpr():
-            return (str(param.jaxpr), _frozen(param.consts))
+            return (_frozen_jaxpr(param.jaxpr), _frozen(param.consts))
         case dict():
             return [(key, _frozen(value)) for key, value in sorted(param.items())]
         case list() | tuple():

@@ -52,7 +52,7 @@ def model_places(platform: str, *, num_replicas: int, tensor_parallel_size: int)
     if count > 1 and platform == "cpu":
         # Only heard before JAX has made its devices; the check below tells.
         with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", count)
+            jax.config.update("jax_num_cpu_devices", max(count, jax.config.jax_num_cpu_devices))
     if jax.default_backend() != _backend(platform):
         raise ValueError(
             f"the model is to run on {platform}, but JAX's default platform is {jax.default_backend()!r}; set the "

@@ -92,20 +92,40 @@ _BETWEEN: Final[dict[tuple[_Call, _Call], str]] = {
 }
 
 
+_recording: pathlib.Path | None = None
+
+
 def start(directory: str | os.PathLike[str], capacity: int = CAPACITY) -> None:
     """Starts recording in the engine's process; call it before the workers start.
 
     Makes the directory, and removes from it the traces of an earlier run.
+
+    Raises:
+        ValueError: a process has one recording, and another is under way.
+        FileExistsError: the directory is a file.
     """
+    global _recording
     folder = pathlib.Path(directory)
+    if _recording is not None:
+        raise ValueError(f"a timeline is being recorded for {_recording} already; close that LLM first.")
     folder.mkdir(parents=True, exist_ok=True)
+    _recording = folder
     for old in [*_worker_files(folder), folder / MERGED]:
         old.unlink(missing_ok=True)
     start_recording(capacity)
 
 
+def discard() -> None:
+    """Ends a recording in the engine's process without writing it."""
+    global _recording
+    _recording = None
+    stop_recording()
+
+
 def finish(directory: str | os.PathLike[str]) -> pathlib.Path:
     """Writes the model worker's trace and merges those of all workers, which must have ended. Returns the file."""
+    global _recording
+    _recording = None
     write(directory, MODEL_WORKER)
     return merge(directory)
 
@@ -319,4 +339,7 @@ def _worker_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _write(path: pathlib.Path, trace: dict[str, Any]) -> None:
-    path.write_bytes(msgspec.json.encode(trace))
+    # In one piece: a worker may be killed while it writes.
+    unfinished = path.with_suffix(".part")
+    unfinished.write_bytes(msgspec.json.encode(trace))
+    unfinished.replace(path)

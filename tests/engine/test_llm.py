@@ -205,8 +205,8 @@ SETTINGS = {
     "kernel of a GPU": ({"attention_kernel": "mosaic"}, ValueError, "runs on cuda, but .* on cpu; use .*'auto'"),
     "negative seed": ({"seed": -1}, ValueError, "seed must be an integer of at least 0, got -1"),
     "no time": ({"timeout_s": 0.0}, ValueError, "timeout_s must be a positive number of seconds, got 0"),
-    "too many batches": ({"num_batches": 9}, ValueError, "needs 8 CPU devices .* JAX_NUM_CPU_DEVICES=8"),
-    "unknown setting": ({"tensor_parallel_size": 2}, TypeError, "no setting tensor_parallel_size"),
+    "too many batches": ({"num_batches": 9}, ValueError, "need 8 cpu devices.* JAX_NUM_CPU_DEVICES=8"),
+    "unknown setting": ({"pipeline_parallel_size": 2}, TypeError, "no setting pipeline_parallel_size"),
 }
 
 

@@ -108,6 +108,21 @@ def test_batches_are_even_once_they_are_worth_it(count, sizes):
     assert [step.plan.batch for step in steps] == list(range(len(sizes)))
 
 
+def test_a_latecomer_does_not_open_a_batch_of_one():
+    scheduler = Scheduler(
+        limits(max_num_seqs=64, max_prefill_tokens=1024, num_pages=256, num_batches=2, min_batch_seqs=8)
+    )
+    for _ in range(15):
+        scheduler.add(sequence(prompt=3, new=20))
+    scheduler.plan()
+    scheduler.add(sequence(prompt=3, new=20))
+    (step,) = scheduler.plan()
+    assert step.plan.batch == 0
+    for _ in range(8):
+        scheduler.add(sequence(prompt=3, new=20))
+    assert [step.plan.batch for step in scheduler.plan()] == [1]
+
+
 def test_finished_while_waiting():
     scheduler = Scheduler(limits(max_num_seqs=1))
     first, second = sequence(3, 2), sequence(3, 2)

@@ -81,7 +81,7 @@ def test_generate_prints_prompts_and_texts():
         (["--model=m", "--prompt=bad"], "The prompt is bad."),
         (["--model=missing", "--prompt=a"], "No config.json in missing"),
         (["--dtype=int8"], "flag --dtype=int8: value should be one of <auto|float32|bfloat16|float16>"),
-        (["--modle=m"], "Unknown command line flag 'modle'. Did you mean: model ?"),
+        (["--promt=m"], "Unknown command line flag 'promt'. Did you mean: prompt ?"),
     ],
 )
 def test_generate_reports_mistakes_in_one_line(arguments, message):

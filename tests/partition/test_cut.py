@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from slices import DIM, HEADS, HIDDEN, check, layer, model, weights
 
-from lamina_jax.attention.attend import causal_attention
+from lamina_jax.attention.attend import attend, causal_attention
 from lamina_jax.partition import Ports, cut, trace, unsplit
 
 
@@ -304,3 +304,47 @@ def test_tracing_grows_gently_with_depth():
     parts = cut(trace(model, weights(80), jnp.ones((1, 1, HIDDEN))))
     assert len(parts.slices) == 81
     assert len(parts.programs) == 3
+
+
+def nested_constant(wrap):
+    """Layers that differ in nothing but an array, closed over by a function inside a loop or a branch."""
+    tables = [np.full((1, 4), 1.0 + i, np.float32) for i in range(3)]
+    scaled = [jax.jit(lambda x, table=table: x * jnp.asarray(table)) for table in tables]
+
+    def model(w, x):
+        for function in scaled:
+            q = (x @ w)[:, None, None, :]
+            x = x + attend(q, q, q, scale=1.0)[:, 0, 0]
+            x = wrap(function, x)
+        return (x,)
+
+    return model
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda f, x: jax.lax.scan(lambda c, _: (f(c), None), x, None, length=2)[0],
+        lambda f, x: jax.lax.fori_loop(0, 2, lambda _, c: f(c), x),
+        lambda f, x: jax.lax.while_loop(lambda c: c[0, 0] < -1e9, f, f(x)),
+        lambda f, x: jax.lax.cond(x[0, 0] > 1e9, lambda c: c, f, x),
+    ],
+    ids=["scan", "fori_loop", "while_loop", "cond"],
+)
+def test_slices_that_differ_in_a_nested_constant_do_not_share_a_program(wrap):
+    shapes = (jax.ShapeDtypeStruct((4, 4), jnp.float32), jax.ShapeDtypeStruct((2, 4), jnp.float32))
+    parts = cut(trace(nested_constant(wrap), *shapes))
+    # The first slice has no loop yet.
+    assert len({s.program for s in parts.slices}) == len(parts.slices) == 4
+
+
+@pytest.mark.parametrize("constant", [False, True], ids=["weight", "constant"])
+def test_output_that_is_given_is_refused(constant):
+    given = np.ones((3,), np.float32)
+
+    def model(w, x):
+        q = x[:, None, None, :]
+        return attend(q, q, q, scale=1.0), jnp.asarray(given) if constant else w
+
+    with pytest.raises(ValueError, match="output of the model does not depend on its inputs"):
+        cut(trace(model, jax.ShapeDtypeStruct((3,), jnp.float32), jax.ShapeDtypeStruct((2, 4), jnp.float32)))

@@ -16,7 +16,7 @@ import pytest
 from lamina_jax.runtime import timeline
 from lamina_jax.runtime.timeline import share_of_time, spans_of
 from lamina_jax.transport import Channel, ShmChannel, Tag, attach, make_stamp, recv, send
-from lamina_jax.transport.recorder import EVENT_DTYPE, Recording, drain_recording, start_recording, stop_recording
+from lamina_jax.transport.recorder import EVENT_DTYPE, Recording, drain_recording, start_recording
 
 LAYERS = 3
 VALUE = jax.ShapeDtypeStruct((4,), jnp.float32)
@@ -26,7 +26,7 @@ NEXT_LAYER = np.array([0, 1, 0], np.int32)
 @pytest.fixture(autouse=True)
 def recording_ends():
     yield
-    stop_recording()
+    timeline.discard()
 
 
 def model_side(down: Channel, up: Channel) -> None:
@@ -210,6 +210,9 @@ def test_a_new_run_starts_without_the_traces_of_the_last(tmp_path):
         timeline.merge(tmp_path)
     (tmp_path / "trace-attention-worker-7.json").write_text("stale")
     timeline.start(tmp_path / "deep" / "er")
+    with pytest.raises(ValueError, match=r"being recorded for .*deep/er already"):
+        timeline.start(tmp_path)
+    timeline.discard()
     timeline.start(tmp_path)
     path = timeline.finish(tmp_path)
     assert list(json.loads(path.read_text())["otherData"]["workers"]) == ["model worker"]
@@ -229,6 +232,7 @@ def test_plot_draws_one_trace_or_two(tmp_path):
         trace = timeline.trace("model worker", Recording(as_events(STEP), 0))
         (tmp_path / run / "trace-model-worker.json").write_text(json.dumps(trace))
         timeline.merge(tmp_path / run)
+        timeline.discard()
     one, two = (f"--trace={tmp_path / run / 'trace.json'}" for run in ("alone", "together"))
     done = plot(one, f"--output={tmp_path / 'one.png'}", "--start_ms=0.05", "--length_ms=0.1")
     assert done.returncode == 0, done.stderr
