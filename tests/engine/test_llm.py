@@ -262,3 +262,20 @@ def test_bar_shows_token_rates(llm, capfd):
     assert "decode" in shown
     llm.generate(["a", "b"], GREEDY, use_tqdm=False)
     assert capfd.readouterr().err == ""
+
+
+def test_second_ctrl_c_closes_the_llm(checkpoint, monkeypatch):
+    """The first one waits for the steps under way; a second one while it does must leave nothing half open."""
+
+    def interrupted(self, timeout_s):
+        raise KeyboardInterrupt
+
+    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    with LLM(checkpoint, num_attention_workers=1) as llm:
+        outputs = llm.stream(({"prompt_token_ids": [5, 6]}, params) for _ in range(100))
+        next(outputs)
+        monkeypatch.setattr("lamina_jax.engine.llm._Run.drain", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            outputs.close()
+        with pytest.raises(RuntimeError, match="cannot be used any more: a step did not end after it was interrupted"):
+            llm.generate({"prompt_token_ids": [5]}, params)
