@@ -313,7 +313,7 @@ class Link:
 
     def close(self) -> None:
         """Ends the connection. Close the ends on it first."""
-        self.queue = None
+        self.queue.close()
         self._verbs.ibv_destroy_qp(ctypes.c_void_p(self._qp))
         self._verbs.ibv_destroy_cq(ctypes.c_void_p(self._cq))
         self.pd.close()

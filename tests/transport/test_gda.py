@@ -27,6 +27,7 @@ CHANNEL_CASES = [
     "blocks",
     "shared_queue",
     "link_down",
+    "closes_once_delivered",
     "bad_keys",
     "credit_fails",
     "stalled",
@@ -193,7 +194,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the payload is read without acquiring it",
-        "gda_channel.h",
+        "waiting.h",
         "LoadAcquireSystem(published) != before",
         "LoadRelaxedSystem(published) != before",
     ),
