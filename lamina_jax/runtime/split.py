@@ -336,7 +336,9 @@ def _connect(channels: Sequence[Channel], answers: Sequence[ChannelAddress | Non
         try:
             channel.connect(answer)
         except (ValueError, OSError) as error:
-            raise WorkerError(f"cannot connect to the ends of channels that {worker} has attached to: {error}") from error
+            raise WorkerError(
+                f"cannot connect to the ends of channels that {worker} has attached to: {error}"
+            ) from error
 
 
 def _shares(model: Model, num_workers: int) -> list[Heads]:

@@ -201,24 +201,28 @@ class Channel(abc.ABC):
         """Takes what the other end had as its `answer`; the creator's last step.
 
         Raises:
-            ValueError: The answer is missing, unasked for, given a second time, or not that of this channel's other end.
+            ValueError: The answer is missing, unasked for, given a second time, or not that of this channel's peer.
             OSError: The connection is refused.
         """
         if answer is None and not self.needs_answer:
             return
         kind, own = self.address.kind, self.address
         if not self.needs_answer:
-            raise ValueError(f"expected no answer of {self.peer}, as a channel of kind {kind!r} needs none; got {answer}")
+            raise ValueError(
+                f"expected no answer of {self.peer}, as a channel of kind {kind!r} needs none; got {answer}"
+            )
         if self._connected:
             raise ValueError(f"the channel of kind {kind!r} to {self.peer} is connected already")
         if answer is None:
-            raise ValueError(f"expected {self.peer} to answer how to reach its end of a channel of kind {kind!r}, got none")
+            raise ValueError(
+                f"expected {self.peer} to answer how to reach its end of a channel of kind {kind!r}, got none"
+            )
         for name in ("kind", "num_slots", "slot_bytes", "creator_role"):
             mine, theirs = getattr(own, name), getattr(answer, name)
             if mine != theirs:
                 raise ValueError(
-                    f"{self.peer} answered for another channel than the one of kind {kind!r} that it was given: expected "
-                    f"{name} {mine!r}, got {theirs!r}"
+                    f"{self.peer} answered for another channel than the one of kind {kind!r} that it was given: "
+                    f"expected {name} {mine!r}, got {theirs!r}"
                 )
         self._connect(answer)
         self._connected = True

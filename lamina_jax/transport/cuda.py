@@ -15,7 +15,16 @@ import jax
 
 from lamina_jax import _custom_calls
 from lamina_jax.transport import shm
-from lamina_jax.transport.base import Channel, ChannelAddress, MessageSpec, Role, Tag, require_kind, require_wait, slot_room
+from lamina_jax.transport.base import (
+    Channel,
+    ChannelAddress,
+    MessageSpec,
+    Role,
+    Tag,
+    require_kind,
+    require_wait,
+    slot_room,
+)
 from lamina_jax.transport.ops import FENCE
 
 SEND, RECV = "lamina_cuda_send", "lamina_cuda_recv"

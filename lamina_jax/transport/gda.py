@@ -234,7 +234,9 @@ def _parsed(address: ChannelAddress, peer: str) -> _Location:
     try:
         return msgspec.json.decode(address.location, type=_Location)
     except msgspec.DecodeError as error:
-        raise ValueError(f"expected how to reach {peer}'s end of a gda channel, got {address.location!r}: {error}") from None
+        raise ValueError(
+            f"expected how to reach {peer}'s end of a gda channel, got {address.location!r}: {error}"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -6,7 +6,16 @@ from typing import Literal
 import jax
 
 from lamina_jax import _custom_calls
-from lamina_jax.transport.base import Channel, ChannelAddress, MessageSpec, Role, Tag, require_kind, require_wait, slot_room
+from lamina_jax.transport.base import (
+    Channel,
+    ChannelAddress,
+    MessageSpec,
+    Role,
+    Tag,
+    require_kind,
+    require_wait,
+    slot_room,
+)
 
 DEFAULT_SPIN_US = 50.0
 

@@ -2,9 +2,9 @@
 
 import sys
 
+import answering
 from absl import app
 
-import answering
 from lamina_jax.runtime import attention_worker
 from lamina_jax.runtime.messages import Done
 

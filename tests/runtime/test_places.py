@@ -32,6 +32,8 @@ def test_kind(model, attention, transport, kind):
 )
 def test_unsuitable_transport_lists_the_suitable(platforms, transport, suitable):
     model, attention = platforms
-    message = f"transport '{transport}' does not lead from a model on {model} .* on {attention}; those that do: {suitable}."
+    message = (
+        f"transport '{transport}' does not lead from a model on {model} .* on {attention}; those that do: {suitable}."
+    )
     with pytest.raises(ValueError, match=message):
         EngineConfig(model_platform=model, attention_platform=attention, transport=transport)

@@ -1,7 +1,7 @@
 """A kind of channel, for tests only, whose creator needs an answer: shared memory with a challenge.
 
-Each address carries a challenge of its own, and the answer to it is the challenge backwards, so that no answer does, and
-none of another channel, is noticed. Classes other than `AnsweringChannel` are workers that get it wrong.
+Each address carries a challenge of its own, and the answer to it is the challenge backwards: an answer that is missing,
+or that of another channel, is noticed. Classes other than `AnsweringChannel` are workers that get it wrong.
 """
 
 import secrets

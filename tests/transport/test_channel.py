@@ -312,7 +312,7 @@ def test_peer_that_never_attaches_is_a_deadline_error(kind):
     with create(kind, role="reader", peer="nobody", messages=[], timeout_s=0.1) as channel:
         assert channel.peer_pid is None
         if channel.needs_answer:
-            with pytest.raises(ValueError, match="the channel to nobody is not connected: pass .* to connect"):
+            with pytest.raises(ValueError, match=r"the channel to nobody is not connected: pass .* to connect"):
                 recv([channel], make_stamp(0), [], tag=Tag.Q)
             return
         with pytest.raises(FAILS, match=r"from nobody \(not attached yet\) failed: no message came"):
@@ -429,13 +429,12 @@ def test_closed_channel(connect, peer):
 def test_connecting_without_need(kind):
     """Who handles channels of any kind connects all of them: without an answer if there is none."""
     with create(kind, role="writer", peer="the peer", messages=[]) as mine:
-        theirs = "reader"
-        with attach(mine.address, role=theirs, peer="the creator") as other:
+        with attach(mine.address, role="reader", peer="the creator") as other:
             assert (mine.answer, mine.connected, other.connected) == (None, not mine.needs_answer, True)
             assert (other.answer is not None) == mine.needs_answer
             mine.connect(other.answer)
             assert mine.connected
-            with pytest.raises(ValueError, match="connected already|expected no answer of the peer"):
+            with pytest.raises(ValueError, match=r"connected already|expected no answer of the peer"):
                 mine.connect(mine.address)
 
 
@@ -450,14 +449,14 @@ def test_connecting_without_need(kind):
     ],
 )
 def test_answer_of_another_channel(changed, message):
-    with create("answering", role="writer", peer="the peer", messages=[]) as mine:
-        with attach(mine.address, role="reader", peer="the creator") as other:
-            right = other.answer
-            assert right is not None
-            with pytest.raises(ValueError, match=message):
-                mine.connect(msgspec.structs.replace(right, **changed))
-            assert not mine.connected
-            mine.connect(right)
+    mine = create("answering", role="writer", peer="the peer", messages=[])
+    with mine, attach(mine.address, role="reader", peer="the creator") as other:
+        right = other.answer
+        assert right is not None
+        with pytest.raises(ValueError, match=message):
+            mine.connect(msgspec.structs.replace(right, **changed))
+        assert not mine.connected
+        mine.connect(right)
 
 
 def test_both_ends_know_each_other(connect, mortal_peer):

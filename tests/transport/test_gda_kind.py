@@ -1,4 +1,4 @@
-"""The gda kind of channel where there is neither a GPU nor a NIC: lowering, the exchange of addresses, what it chooses."""
+"""The gda kind of channel where there is neither GPU nor NIC: lowering, the exchange of addresses, what it chooses."""
 
 import ctypes
 import ipaddress
@@ -10,8 +10,19 @@ import jax.numpy as jnp
 import msgspec
 import pytest
 
-from lamina_jax.transport import ChannelAddress, Tag, attach, channel_class, cuda, fence, gda, make_stamp, recv, send
-from lamina_jax.transport import gda_link
+from lamina_jax.transport import (
+    ChannelAddress,
+    Tag,
+    attach,
+    channel_class,
+    cuda,
+    fence,
+    gda,
+    gda_link,
+    make_stamp,
+    recv,
+    send,
+)
 from lamina_jax.transport.rdma_devices import RdmaPort, choose_port
 
 needs_calls = pytest.mark.skipif(gda._calls is None, reason="built without nvcc")
@@ -85,7 +96,9 @@ def over_the_wire(address):
 
 
 def test_both_ends_learn_of_each_other(fakes):
-    mine = channel_class("gda").create(role="writer", peer="the peer", messages=[], slot_bytes=100, device=1, nic="mlx5_2")
+    mine = channel_class("gda").create(
+        role="writer", peer="the peer", messages=[], slot_bytes=100, device=1, nic="mlx5_2"
+    )
     assert (mine.connected, mine.answer, mine.slot_bytes) == (False, None, 128)
     theirs = attach(over_the_wire(mine.address), role="reader", peer="the creator", device=2)
     assert (theirs.connected, theirs.address) == (True, mine.address)
@@ -127,13 +140,13 @@ def test_address_that_says_nothing(fakes):
 
 @pytest.mark.usefixtures("fakes")
 def test_what_pyverbs_raises_is_an_os_error(monkeypatch):
-    class Refused(Exception):
+    class RefusedError(Exception):
         error_code = 12
 
-    Refused.__module__ = "pyverbs.pyverbs_error"
+    RefusedError.__module__ = "pyverbs.pyverbs_error"
 
     def refuse(*_, **__):
-        raise Refused("Failed to register a MR")
+        raise RefusedError("Failed to register a MR")
 
     monkeypatch.setattr(gda, "GdaEnd", refuse)
     with pytest.raises(OSError, match="gda: Failed to register a MR") as error:
@@ -144,7 +157,7 @@ def test_what_pyverbs_raises_is_an_os_error(monkeypatch):
 
 def test_built_without_cuda(monkeypatch):
     monkeypatch.setattr(gda, "_calls", None)
-    with pytest.raises(OSError, match="gda needs the custom calls of CUDA, .* where nvcc is on the PATH"):
+    with pytest.raises(OSError, match=r"gda needs the custom calls of CUDA, .* where nvcc is on the PATH"):
         channel_class("gda").create(role="writer", peer="the peer", messages=[])
 
 
@@ -306,7 +319,7 @@ def test_no_port_names_what_there_is(tmp_path, gids):
     machine = Machine(tmp_path)
     machine.add("mlx5_0", NEAR, gids)
     machine.add("rxe0", NEAR, GIDS, driver="virtio_net")
-    with pytest.raises(OSError, match="need an mlx5 NIC with an active port .*; RDMA devices: mlx5_0, rxe0"):
+    with pytest.raises(OSError, match=r"need an mlx5 NIC with an active port .*; RDMA devices: mlx5_0, rxe0"):
         machine.choose()
-    with pytest.raises(OSError, match="need mlx5_7 to be an mlx5 NIC .*; RDMA devices: none"):
+    with pytest.raises(OSError, match=r"need mlx5_7 to be an mlx5 NIC .*; RDMA devices: none"):
         machine.choose("mlx5_7")
