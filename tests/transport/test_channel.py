@@ -428,14 +428,14 @@ def test_closed_channel(connect, peer):
 
 def test_connecting_without_need(kind):
     """Who handles channels of any kind connects all of them: without an answer if there is none."""
-    with create(kind, role="writer", peer="the peer", messages=[]) as mine:
-        with attach(mine.address, role="reader", peer="the creator") as other:
-            assert (mine.answer, mine.connected, other.connected) == (None, not mine.needs_answer, True)
-            assert (other.answer is not None) == mine.needs_answer
-            mine.connect(other.answer)
-            assert mine.connected
-            with pytest.raises(ValueError, match=r"connected already|expected no answer of the peer"):
-                mine.connect(mine.address)
+    mine = create(kind, role="writer", peer="the peer", messages=[])
+    with mine, attach(mine.address, role="reader", peer="the creator") as other:
+        assert (mine.answer, mine.connected, other.connected) == (None, not mine.needs_answer, True)
+        assert (other.answer is not None) == mine.needs_answer
+        mine.connect(other.answer)
+        assert mine.connected
+        with pytest.raises(ValueError, match=r"connected already|expected no answer of the peer"):
+            mine.connect(mine.address)
 
 
 @pytest.mark.parametrize(
