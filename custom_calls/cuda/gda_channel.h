@@ -73,7 +73,7 @@ LAMINA_DEVICE void TellPeer(const End& end, std::uint64_t stop) {
 }
 
 // The host of this side stops the end: the peer learns of it. A closed end is shut to kernels that start from now on, and
-// its memory may go once the NIC has delivered what was sent; under the CPU proxy the host sees to that.
+// its memory may go once the NIC has delivered what was sent; what went by the CPU proxy the host waits for.
 LAMINA_DEVICE void StopEnd(End& end, std::uint64_t stop) {
   if (stop == kStopClosed) StoreRelaxedSystem(&end.id, std::uint64_t{0});
   TellPeer(end, stop);

@@ -82,11 +82,12 @@ GpuQueue::GpuQueue(int device, const DriverQueue& queue) : device_(device) {
   StartProxy(queue);
 }
 
+void GpuQueue::Settle() {
+  if (proxy_thread_ != nullptr) proxy_thread_->Settle(NowNs() + kDrainNs);
+}
+
 void GpuQueue::Close() {
-  if (proxy_thread_ != nullptr) {
-    proxy_thread_.reset();  // posts what it was asked to
-    Drain(queue_, NowNs() + kDrainNs);
-  }
+  proxy_thread_.reset();
   Unmap();
 }
 
@@ -236,6 +237,7 @@ void GpuEnd::Stop(std::uint64_t stop) {
   while (stop == kStopClosed && cudaStreamQuery(stream) == cudaErrorNotReady && NowNs() < deadline) {
     std::this_thread::sleep_for(kQueryInterval);
   }
+  if (stop == kStopClosed) queue_->Settle();
   cudaStreamDestroy(stream);  // once its work is done
 }
 

@@ -33,6 +33,8 @@ class GpuQueue {
   GpuQueue(const GpuQueue&) = delete;
   GpuQueue& operator=(const GpuQueue&) = delete;
 
+  // Waits until the NIC is done with what finished kernels left to the CPU proxy, if there is one.
+  void Settle();
   // Ends all use of the driver's queues, which may be destroyed then. Close the ends first.
   void Close();
   // Whether the GPU cannot reach the NIC's doorbell.

@@ -302,8 +302,8 @@ void LinkDown(bool use_proxy) {
 }
 
 // After a close the NIC is done with everything, however late it completes; a broken link does not hold it up.
-void ClosesOnceDelivered() {
-  World world({.seed = 5});
+void ClosesOnceDelivered(bool use_proxy) {
+  World world({.seed = 5, .use_proxy = use_proxy});
   Channel& channel = world.AddChannel(8, 64);
   world.Start();
   SendMany(channel.writer, 8, 64);
@@ -312,6 +312,7 @@ void ClosesOnceDelivered() {
   Stamp out{};
   const Call later = MakeCall({&channel.writer.end}, 1, stamp, out, {{data, 64}});
   StopEnd(channel.writer.end, kStopClosed);
+  if (use_proxy) Check(world.a.proxy_thread->Settle(cuda::NowNs() + 60'000'000'000), "the proxy has settled");
   Check(world.a.nic.writes() == 17 && world.a.state.completed == 17, "8 messages and the word that says so are there");
   RecvMany(channel.reader, 8, 64);
   CheckEqual(channel.reader.failure(), "");
@@ -386,12 +387,13 @@ int main(int argc, char** argv) {
                    {"blocks", Blocks},
                    {"shared_queue", [] { SharedQueue(false); }},
                    {"link_down", [] { LinkDown(false); }},
-                   {"closes_once_delivered", ClosesOnceDelivered},
+                   {"closes_once_delivered", [] { ClosesOnceDelivered(false); }},
                    {"bad_keys", BadKeys},
                    {"credit_fails", CreditFails},
                    {"stalled", Stalled},
                    {"proxy_order", [] { Order(true); }},
                    {"proxy_shared_queue", [] { SharedQueue(true); }},
-                   {"proxy_link_down", [] { LinkDown(true); }}},
+                   {"proxy_link_down", [] { LinkDown(true); }},
+                   {"proxy_closes_once_delivered", [] { ClosesOnceDelivered(true); }}},
                   argc, argv);
 }

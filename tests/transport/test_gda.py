@@ -34,6 +34,7 @@ CHANNEL_CASES = [
     "proxy_order",
     "proxy_shared_queue",
     "proxy_link_down",
+    "proxy_closes_once_delivered",
 ]
 NIC_CASES = [
     "good_one",
