@@ -5,12 +5,11 @@ or that of another channel, is noticed. Classes other than `AnsweringChannel` ar
 """
 
 import secrets
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
-from lamina_jax.transport import Channel, ChannelAddress, MessageSpec, Role, ShmChannel, base
+from lamina_jax.transport import ChannelAddress, ShmChannel, base
 
 KIND = "answering"
 
@@ -20,94 +19,38 @@ def register(name: str = "AnsweringChannel") -> None:
     base._KINDS[KIND] = f"answering:{name}"
 
 
-class AnsweringChannel(Channel):
+class AnsweringChannel(ShmChannel):
     """A ring in shared memory, not to be used before the creator has heard of the other end."""
 
     needs_answer = True
-
-    def __init__(self, ring: ShmChannel, challenge: str, *, attached: bool):
-        super().__init__(
-            role=ring.role,
-            peer=ring.peer,
-            num_slots=ring.num_slots,
-            slot_bytes=ring.slot_bytes,
-            device=ring.device,
-            attached=attached,
-        )
-        self._ring = ring
-        self._challenge = challenge
+    _challenge: str
 
     @classmethod
-    def create(
-        cls,
-        *,
-        role: Role,
-        peer: str,
-        messages: Sequence[MessageSpec],
-        num_slots: int = 8,
-        slot_bytes: int | None = None,
-        timeout_s: float = 60.0,
-        **options: Any,
-    ) -> "AnsweringChannel":
-        ring = ShmChannel.create(
-            role=role,
-            peer=peer,
-            messages=messages,
-            num_slots=num_slots,
-            slot_bytes=slot_bytes,
-            timeout_s=timeout_s,
-            **options,
-        )
-        return cls(ring, secrets.token_hex(8), attached=False)
+    def create(cls, **options: Any) -> "AnsweringChannel":
+        channel = super().create(**options)
+        channel._challenge = secrets.token_hex(8)
+        return channel
 
     @classmethod
-    def attach(
-        cls, address: ChannelAddress, *, role: Role, peer: str, timeout_s: float = 60.0, **options: Any
-    ) -> "AnsweringChannel":
+    def attach(cls, address: ChannelAddress, **options: Any) -> "AnsweringChannel":
         path, challenge = address.location.split(" ")
-        at = msgspec.structs.replace(address, kind="shm", location=path)
-        ring = ShmChannel.attach(at, role=role, peer=peer, timeout_s=timeout_s, **options)
-        return cls(ring, challenge, attached=True)
+        channel = super().attach(msgspec.structs.replace(address, kind="shm", location=path), **options)
+        channel._challenge = challenge
+        channel._connected = True
+        return channel
 
     @property
     def address(self) -> ChannelAddress:
-        at = self._ring.address
-        return msgspec.structs.replace(at, kind=KIND, location=f"{at.location} {self._challenge}")
+        return msgspec.structs.replace(self._address, kind=KIND, location=f"{self._address.location} {self._challenge}")
 
     @property
     def answer(self) -> ChannelAddress | None:
-        created = self._ring.address.creator_role == self.role
+        created = self._address.creator_role == self.role
         return None if created else msgspec.structs.replace(self.address, location=self._challenge[::-1])
 
     def _connect(self, answer: ChannelAddress) -> None:
         if answer.location != self._challenge[::-1]:
             raise ValueError(f"{self.peer} answered {answer.location!r} to the challenge {self._challenge!r}")
-
-    @property
-    def id(self) -> int:
-        return self._ring.id
-
-    @property
-    def targets(self) -> dict[Literal["send", "recv"], str]:
-        return self._ring.targets
-
-    @property
-    def peer_pid(self) -> int | None:
-        return self._ring.peer_pid
-
-    @property
-    def closed(self) -> bool:
-        return self._ring.closed
-
-    @property
-    def failure(self) -> str | None:
-        return self._ring.failure
-
-    def abort(self) -> None:
-        self._ring.abort()
-
-    def close(self) -> None:
-        self._ring.close()
 
 
 class Silent(AnsweringChannel):
@@ -123,19 +66,16 @@ class OfAnotherKind(AnsweringChannel):
 
     @property
     def answer(self) -> ChannelAddress:
-        return self._ring.address
+        return self._address
 
 
 class Confused(AnsweringChannel):
-    """Answers every challenge with that of the channel attached to before."""
+    """Answers the challenge of the channel attached to before."""
 
     _last = "nothing"
 
-    def __init__(self, ring: ShmChannel, challenge: str, *, attached: bool):
-        super().__init__(ring, challenge, attached=attached)
-        self._answer = Confused._last
-        Confused._last = challenge[::-1]
-
     @property
     def answer(self) -> ChannelAddress:
-        return msgspec.structs.replace(self.address, location=self._answer)
+        answer = msgspec.structs.replace(self.address, location=Confused._last)
+        Confused._last = self._challenge[::-1]
+        return answer

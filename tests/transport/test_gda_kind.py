@@ -4,6 +4,7 @@ import ctypes
 import ipaddress
 import logging
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +31,12 @@ without_gpu = pytest.mark.skipif(cuda.cuda_device_count() > 0, reason="there is 
 ROUTE = gda_link.LinkAddress(qpn=7, psn=9, lid=0, gid=bytes(range(16)), mtu=5)
 
 
-class FakeLink:
+class FakeLink(gda_link.Link):
     """A connection that only notes what it was told."""
 
     made: list["FakeLink"]
     refuses: bool = False
+    address: Any = None
 
     def __init__(self, **options):
         FakeLink.made.append(self)
@@ -50,13 +52,16 @@ class FakeLink:
         self.closed = True
 
 
-class FakeEnd:
+class FakeEnd(gda_link.GdaEnd):
     """The end of a ring whose other end is only known by address."""
+
+    address: Any = None
+    id: Any = 1 << 41
+    failure: Any = None
 
     def __init__(self, link, *, role, peer, num_slots, slot_bytes, timeout_s):
         del peer, timeout_s
-        self.link, self.peer, self.closed, self.failure = link, None, False, None
-        self.id = 1 << 41
+        self.link, self.peer, self.closed = link, None, False
         self.address = gda_link.RegionAddress(
             region=1 << 20, rkey=link.address.qpn * 100, num_slots=num_slots, slot_bytes=slot_bytes, role=role
         )
