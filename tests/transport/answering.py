@@ -5,7 +5,7 @@ or that of another channel, is noticed. Classes other than `AnsweringChannel` ar
 """
 
 import secrets
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -27,14 +27,15 @@ class AnsweringChannel(ShmChannel):
 
     @classmethod
     def create(cls, **options: Any) -> "AnsweringChannel":
-        channel = super().create(**options)
+        channel = cast(AnsweringChannel, super().create(**options))
         channel._challenge = secrets.token_hex(8)
         return channel
 
     @classmethod
     def attach(cls, address: ChannelAddress, **options: Any) -> "AnsweringChannel":
         path, challenge = address.location.split(" ")
-        channel = super().attach(msgspec.structs.replace(address, kind="shm", location=path), **options)
+        ring = msgspec.structs.replace(address, kind="shm", location=path)
+        channel = cast(AnsweringChannel, super().attach(ring, **options))
         channel._challenge = challenge
         channel._connected = True
         return channel

@@ -70,6 +70,7 @@ class FakeEnd(gda_link.GdaEnd):
         self.peer = peer
 
     def close(self):
+        assert isinstance(self.link, FakeLink)
         assert not self.link.closed, "the end's memory must go before the connection"
         self.closed = True
 
@@ -101,11 +102,11 @@ def over_the_wire(address):
 
 
 def test_both_ends_learn_of_each_other(fakes):
-    mine = channel_class("gda").create(
-        role="writer", peer="the peer", messages=[], slot_bytes=100, device=1, nic="mlx5_2"
-    )
+    assert channel_class("gda") is gda.GdaChannel
+    mine = gda.GdaChannel.create(role="writer", peer="the peer", messages=[], slot_bytes=100, device=1, nic="mlx5_2")
     assert (mine.connected, mine.answer, mine.slot_bytes) == (False, None, 128)
     theirs = attach(over_the_wire(mine.address), role="reader", peer="the creator", device=2)
+    assert isinstance(theirs, gda.GdaChannel)
     assert (theirs.connected, theirs.address) == (True, mine.address)
     mine.connect(over_the_wire(theirs.answer))
     assert mine.connected
@@ -113,7 +114,7 @@ def test_both_ends_learn_of_each_other(fakes):
     assert here.options == {"device": "mlx5_2", "gpu": 1, "port": 1, "gid_index": 3}
     assert fakes == [("0000:01:00.0", "mlx5_2"), ("0000:02:00.0", None)]
     assert (here.peer, there.peer) == (there.address, here.address)
-    ends = [mine._end, theirs._end]
+    ends: list[Any] = [mine._end, theirs._end]
     assert [end.peer for end in ends] == [ends[1].address, ends[0].address]
     for channel in (mine, theirs):
         channel.close()
@@ -227,7 +228,7 @@ def test_cpu_posts_and_says_so_once_per_gpu(caplog):
     head, calls = gda_link._QpHead(qp_num=77), QueueCalls()
     with caplog.at_level(logging.WARNING, logger="absl"):
         for gpu in (4, 4, 5, 4):
-            link = object.__new__(gda_link.Link)
+            link: Any = object.__new__(gda_link.Link)
             link.gpu, link._calls, link._mlx5 = gpu, calls, Mlx5()
             link._qp, link._cq = ctypes.addressof(head), 0x99
             assert link._describe_queue().uses_proxy
