@@ -212,11 +212,11 @@ def test_channels_of_the_batches_go_together(connect, peer, kind):
         send([], stamp, [], tag=Tag.Q)
     with pytest.raises(ValueError, match="expected the writer's end of the channel, got the reader's"):
         send([there.mine, back.mine], stamp, [], tag=Tag.Q)
-    with (
-        create(kind, role="writer", peer="a stranger", messages=[]) as stray,
-        pytest.raises(ValueError, match=r"to have one peer, got a stranger \(.*\), the peer \("),
-    ):
-        send([there.mine, stray], stamp, [], tag=Tag.Q)
+    stray = create(kind, role="writer", peer="a stranger", messages=[])
+    with stray, attach(stray.address, role="reader", peer="the test") as other:
+        stray.connect(other.answer)
+        with pytest.raises(ValueError, match=r"to have one peer, got a stranger \(.*\), the peer \("):
+            send([there.mine, stray], stamp, [], tag=Tag.Q)
 
 
 @pytest.fixture
