@@ -22,6 +22,7 @@ _ENGINE_FLAGS = (
     "num_attention_workers",
     "model_platform",
     "attention_platform",
+    "transport",
     "tensor_parallel_size",
     "model_memory_fraction",
     "attention_memory_fraction",
@@ -55,6 +56,11 @@ def define_engine_flags() -> None:
     )
     flags.DEFINE_enum("model_platform", "cpu", ["cpu", "cuda"], "Where everything but attention runs.")
     flags.DEFINE_enum("attention_platform", "cpu", ["cpu", "cuda"], "Where attention runs.")
+    flags.DEFINE_string(
+        "transport",
+        "auto",
+        "Kind of channel to the attention workers: auto, or one that suits the platforms (gda between GPUs is RDMA).",
+    )
     flags.DEFINE_integer(
         "tensor_parallel_size",
         1,

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "cuda/device_end.h"
+#include "cuda/ffi_call.h"
 #include "cuda/kernels.h"
 #include "cuda/layout.h"
 #include "ffi_error.h"
@@ -16,24 +17,7 @@
 namespace lamina::cuda {
 namespace {
 
-namespace ffi = xla::ffi;
-
 std::atomic<std::uint64_t> launches{0};
-
-using Stamp = ffi::BufferR1<ffi::S32>;  // [step, layer, batch]
-using ChannelIds = ffi::Span<const std::int64_t>;  // by batch
-
-ffi::Error CudaError(cudaError_t error, const char* what) {
-  return ffi::Error::Internal(std::string(what) + " failed: " + cudaGetErrorString(error));
-}
-
-ffi::AnyBuffer At(const ffi::RemainingArgs& tensors, std::size_t i) { return *tensors.get<ffi::AnyBuffer>(i); }
-ffi::AnyBuffer At(const ffi::RemainingRets& tensors, std::size_t i) { return **tensors.get<ffi::AnyBuffer>(i); }
-
-ffi::Error TooMany(const char* what, std::size_t got, int limit) {
-  return ffi::Error::InvalidArgument(std::string("expected at most ") + std::to_string(limit) + " " + what +
-                                     " in one send or recv on a GPU, got " + std::to_string(got));
-}
 
 // Adds the ends that are this GPU's to `call`.
 ffi::Error TakeEnds(ChannelIds channels, std::int32_t device, Role role, Call& call) {
@@ -53,28 +37,6 @@ ffi::Error TakeEnds(ChannelIds channels, std::int32_t device, Role role, Call& c
   return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
                     OperationName(role, call.tag) + " failed: the program runs on GPU " + std::to_string(device) +
                         " and none of its channels has an end there; make them with device=" + std::to_string(device));
-}
-
-template <typename Tensors>
-ffi::Error Describe(const Stamp& stamp, ffi::Result<Stamp>& stamp_out, std::int32_t tag, const Tensors& tensors,
-                    Call& call) {
-  if (tensors.size() > kMaxTensors) return TooMany("tensors", tensors.size(), kMaxTensors);
-  call.stamp = stamp.typed_data();
-  call.stamp_out = stamp_out->typed_data();
-  call.tag = tag;
-  call.num_tensors = static_cast<std::uint32_t>(tensors.size());
-  for (std::size_t i = 0; i < tensors.size(); ++i) {
-    const ffi::AnyBuffer tensor = At(tensors, i);
-    const std::uint64_t bytes = tensor.size_bytes();
-    call.tensors[i] = {static_cast<char*>(tensor.untyped_data()), bytes};
-    call.payload_bytes += AlignToLine(bytes);
-    call.layout = LayoutOf(call.layout, static_cast<std::uint64_t>(tensor.element_type()), bytes);
-  }
-  return ffi::Error::Success();
-}
-
-ffi::Error Launched(cudaError_t error, const char* what) {
-  return error == cudaSuccess ? ffi::Error::Success() : CudaError(error, what);
 }
 
 ffi::Error Send(cudaStream_t stream, std::int32_t device, ChannelIds channels, std::int32_t tag, Stamp stamp,

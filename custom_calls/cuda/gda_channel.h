@@ -1,4 +1,4 @@
-// Sending and receiving over RDMA: one thread's work of waiting, checking and handing over, and the copies around it.
+// Sending and receiving over RDMA: one thread's work of waiting, checking and handing over (operations.h has the rest).
 //
 // Order of memory. Sending: all threads store the payload, the last block to finish fences and posts; the NIC reads the
 // payload only after the doorbell. Receiving: the sequence number is loaded with acquire at system scope before the
@@ -6,11 +6,10 @@
 // owner, which the host checks when it makes the channel. Credits travel the other way in the same manner.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 
 #include "gda_layout.h"
-#include "ptx.h"
+#include "waiting.h"
 
 namespace lamina::cuda::gda {
 
@@ -26,7 +25,7 @@ struct Turn {
   std::uint32_t slot;
 };
 
-LAMINA_DEVICE Turn NextTurn(const End& end) {
+LAMINA_DEVICE Turn TurnOf(const End& end) {
   return {LoadRelaxedSystem(&end.next), LoadRelaxedSystem(&end.next_slot)};
 }
 
@@ -53,8 +52,6 @@ LAMINA_DEVICE const std::uint64_t* PublishedOf(const End& end, Turn turn) {
   return reinterpret_cast<const std::uint64_t*>(SlotOf(end, turn));
 }
 
-LAMINA_DEVICE std::uint64_t Padded(std::uint64_t bytes) { return (bytes + kLine - 1) & ~std::uint64_t{kLine - 1}; }
-
 LAMINA_DEVICE std::uint32_t PostOf(const End& end, const Write* writes, std::uint32_t count, std::uint64_t deadline) {
   return end.use_proxy != 0 ? Post(end.proxy, writes, count, deadline) : Post(end.queue, writes, count, deadline);
 }
@@ -75,19 +72,18 @@ LAMINA_DEVICE void TellPeer(const End& end, std::uint64_t stop) {
   PostOf(end, &write, 1, NowNs() + kTellPeerNs);
 }
 
+// The host of this side stops the end: the peer learns of it. A closed end is shut to kernels that start from now on, and
+// its memory may go once the NIC has delivered what was sent; what went by the CPU proxy the host waits for.
+LAMINA_DEVICE void StopEnd(End& end, std::uint64_t stop) {
+  if (stop == kStopClosed) StoreRelaxedSystem(&end.id, std::uint64_t{0});
+  TellPeer(end, stop);
+  if (stop == kStopClosed && end.use_proxy == 0) Drain(end.queue, NowNs() + kDrainNs);
+}
+
 // Puts a failure on record, unless there is one already, and makes the peer fail too. Returns false, as callers do who
 // have failed.
 LAMINA_DEVICE bool Fail(End& end, Reason reason, const FailureRecord& details) {
-  if (AtomicCasDevice(&end.failed, 0u, 1u) != 0) return false;
-  FailureRecord& record = *end.record;
-  record.expected = details.expected;
-  record.got = details.got;
-  record.expected_sequence = details.expected_sequence;
-  record.got_sequence = details.got_sequence;
-  record.queue_error = details.queue_error;
-  FenceSystem();
-  StoreReleaseSystem(&record.reason, static_cast<std::uint32_t>(reason));
-  if (reason != Reason::kQueue) TellPeer(end, kStopAborted);
+  if (Record(end, reason, details) && reason != Reason::kQueue) TellPeer(end, kStopAborted);
   return false;
 }
 
@@ -107,13 +103,7 @@ LAMINA_DEVICE bool FailPosting(End& end, const Message& expected, std::uint32_t 
 
 // --- Waiting --------------------------------------------------------------------------------------------------------
 
-// What the two words `stop` mean. `final`: nothing succeeds any more, not even what is already there.
-struct Stop {
-  Reason reason;
-  bool final;
-};
-
-LAMINA_DEVICE Stop StopOf(const End& end) {
+LAMINA_DEVICE Stop CurrentStop(const End& end) {
   const std::uint64_t mine = LoadAcquireSystem(end.stop);
   if (mine == kStopAborted) return {Reason::kAborted, true};
   if (mine == kStopClosed) return {Reason::kClosed, true};
@@ -123,23 +113,7 @@ LAMINA_DEVICE Stop StopOf(const End& end) {
   return {Reason::kNone, false};
 }
 
-// Polls until ready() or until it is clear that it will not be.
-template <typename Ready>
-LAMINA_DEVICE Reason Await(End& end, Ready ready) {
-  const std::uint64_t start = NowNs();
-  while (true) {
-    for (std::uint32_t poll = 0; poll < kPollsPerLook; ++poll) {
-      if (ready()) return Reason::kNone;
-      Nanosleep(kNapNs);
-    }
-    const Stop stop = StopOf(end);
-    // Look once more: the last message may have come in between.
-    if (stop.reason != Reason::kNone) return !stop.final && ready() ? Reason::kNone : stop.reason;
-    if (LoadRelaxedSystem(&end.failed) != 0) return Reason::kEarlier;
-    if (QueueErrorOf(end) != kOk) return Reason::kQueue;
-    if (NowNs() - start > end.timeout_ns) return Reason::kTimeout;
-  }
-}
+LAMINA_DEVICE bool Broken(End& end) { return QueueErrorOf(end) != kOk; }
 
 // Has the reader given back the slot that message `sequence` is to take?
 struct HasRoom {
@@ -150,40 +124,21 @@ struct HasRoom {
   }
 };
 
-// Is there anything newer in the slot than what it held one round ago?
-struct HasMessage {
-  const std::uint64_t* published;
-  std::uint64_t before;
-  LAMINA_DEVICE bool operator()() const { return LoadAcquireSystem(published) != before; }
-};
-
-LAMINA_DEVICE bool AwaitRoom(End& end, const Message& message, Turn turn) {
+LAMINA_DEVICE bool AwaitRoom(End& end, const Message& message, const Turn& turn) {
   if (message.payload_bytes > end.slot_bytes) return Fail(end, Reason::kTooLarge, message);
   const Reason reason = Await(end, HasRoom{end, turn.sequence});
   return reason == Reason::kNone || Fail(end, reason, message);
 }
 
-LAMINA_DEVICE bool SameMessage(const Message& a, const Message& b) {
-  return a.tag == b.tag && a.step == b.step && a.layer == b.layer && a.batch == b.batch &&
-         a.num_tensors == b.num_tensors && a.payload_bytes == b.payload_bytes && a.layout == b.layout;
+LAMINA_DEVICE bool AwaitMessage(End& end, const Message& expected, const Turn& turn) {
+  return AwaitMessageIn(end, expected, turn.sequence, PublishedOf(end, turn), *MessageOf(end, turn));
 }
 
-// Waits for message `sequence` and checks that it is the one described by `expected`.
-LAMINA_DEVICE bool AwaitMessage(End& end, const Message& expected, Turn turn) {
-  const std::uint64_t* const published = PublishedOf(end, turn);
-  const std::uint64_t sequence = turn.sequence;
-  const std::uint64_t before = sequence < end.num_slots ? 0 : sequence - end.num_slots + 1;
-  const Reason reason = Await(end, HasMessage{published, before});
-  if (reason != Reason::kNone) return Fail(end, reason, expected);
-  const std::uint64_t found = LoadRelaxedSystem(published);  // acquired while waiting
-  const Message& got = *MessageOf(end, turn);
-  if (found == sequence + 1 && SameMessage(expected, got)) return true;
-  FailureRecord details{};
-  details.expected = expected;
-  details.got = got;
-  details.expected_sequence = sequence;
-  details.got_sequence = found - 1;
-  return Fail(end, found == sequence + 1 ? Reason::kMessage : Reason::kSequence, details);
+LAMINA_DEVICE std::uint64_t StopWord(const End& end) { return LoadRelaxedSystem(end.stop); }
+
+LAMINA_DEVICE bool MayFinish(End& end, const Message& message, std::uint64_t stop) {
+  if (stop == 0) return true;
+  return Fail(end, stop == kStopAborted ? Reason::kAborted : Reason::kClosed, message);
 }
 
 // --- Handing over: by one thread, once all blocks have copied -------------------------------------------------------
@@ -209,119 +164,6 @@ LAMINA_DEVICE void Release(End& end, const Message& message, Turn turn) {
   const Write write = WriteValue(end.peer_region + offsetof(RegionHeader, credit), end.peer_rkey, read);
   const std::uint32_t error = PostOf(end, &write, 1, NowNs() + end.timeout_ns);
   if (error != kOk) FailPosting(end, message, error);
-}
-
-// --- A send and a recv as a grid of blocks runs them ----------------------------------------------------------------
-//
-// Each block waits on its own and copies its share; the last to finish hands the slot over. No block waits for another,
-// so a grid needs no room on the device for all its blocks at once.
-//
-// `Group` is one block: leader(), blocks(), index() among the threads of the grid, count() of these, Sync() as
-// __syncthreads, and Any(x), which is true in all threads of the block if x was in one. gda_kernels.cu has the GPU's;
-// tests run a thread for each block.
-
-LAMINA_DEVICE Message Describe(const Call& call) {
-  Message message;
-  message.payload_bytes = call.payload_bytes;
-  message.layout = call.layout;
-  message.tag = call.tag;
-  message.step = call.stamp[0];
-  message.layer = call.stamp[1];
-  message.batch = call.stamp[2];
-  message.num_tensors = call.num_tensors;
-  return message;
-}
-
-// The end for the message's batch; null if there is none. The same in all threads.
-LAMINA_DEVICE End* EndOf(const Call& call, const Message& message) {
-  const auto batch = static_cast<std::uint32_t>(message.batch);  // a negative one becomes too large
-  return batch < call.num_ends ? call.ends[batch] : nullptr;
-}
-
-// Whether the operation may start. One thread per block asks: the answer changes when the end fails.
-LAMINA_DEVICE bool MayStart(const Call& call, const Message& message, const End* end) {
-  if (end != nullptr) {
-    return LoadRelaxedSystem(&end->id) == call.ids[message.batch] && LoadRelaxedSystem(&end->failed) == 0;
-  }
-  FailureRecord details{};
-  details.expected = message;
-  details.got.batch = static_cast<std::int32_t>(call.num_ends);
-  if (LoadRelaxedSystem(&call.ends[0]->id) == call.ids[0]) Fail(*call.ends[0], Reason::kNoChannel, details);
-  return false;
-}
-
-// `stop` was loaded when the operation began: on a GPU it arrives while the operation goes on.
-LAMINA_DEVICE bool MayFinish(End& end, const Message& message, std::uint64_t stop) {
-  if (stop == 0) return true;
-  return Fail(end, stop == kStopAborted ? Reason::kAborted : Reason::kClosed, message);
-}
-
-// This thread's share of a copy. The slot's side is a multiple of 64; an XLA buffer is, but for views of others.
-LAMINA_DEVICE void CopyShare(char* to, const char* from, std::uint64_t bytes, std::uint64_t index,
-                             std::uint64_t count) {
-  const auto addresses = reinterpret_cast<std::uintptr_t>(to) | reinterpret_cast<std::uintptr_t>(from);
-  const std::uint64_t chunks = addresses % sizeof(Vec16) == 0 ? bytes / sizeof(Vec16) : 0;
-  for (std::uint64_t i = index; i < chunks; i += count) {
-    Store16(to + i * sizeof(Vec16), Load16Once(from + i * sizeof(Vec16)));
-  }
-  for (std::uint64_t byte = chunks * sizeof(Vec16) + index; byte < bytes; byte += count) to[byte] = from[byte];
-}
-
-// True in the thread that is to hand the slot over: every block has done its share, and nothing has failed.
-LAMINA_DEVICE bool IsLast(End& end, std::uint32_t blocks) {
-  FenceSystem();
-  if (AtomicAddDevice(&end.arrived, 1u) != blocks - 1) return false;
-  StoreRelaxedSystem(&end.arrived, 0u);
-  return LoadRelaxedSystem(&end.failed) == 0;
-}
-
-template <typename Group>
-LAMINA_DEVICE void CopyStamp(const Call& call, Group group) {
-  for (std::uint64_t i = group.index(); i < 3; i += group.count()) call.stamp_out[i] = call.stamp[i];
-}
-
-template <typename Group>
-LAMINA_DEVICE void Send(const Call& call, Group group) {
-  CopyStamp(call, group);
-  const Message message = Describe(call);
-  End* const end = EndOf(call, message);
-  if (!group.Any(group.leader() && MayStart(call, message, end))) return;
-  const std::uint64_t stop = group.leader() ? LoadRelaxedSystem(end->stop) : 0;
-  const Turn turn = NextTurn(*end);
-  const bool ready = group.Any(group.leader() && AwaitRoom(*end, message, turn));
-  if (ready) {
-    char* to = PayloadOf(*end, turn);
-    for (std::uint32_t i = 0; i < call.num_tensors; ++i) {
-      CopyShare(to, call.tensors[i].data, call.tensors[i].bytes, group.index(), group.count());
-      to += Padded(call.tensors[i].bytes);
-    }
-  }
-  group.Sync();
-  if (!group.leader()) return;
-  const bool done = ready && MayFinish(*end, message, stop);
-  if (IsLast(*end, group.blocks()) && done) Publish(*end, message, turn);
-}
-
-template <typename Group>
-LAMINA_DEVICE void Recv(const Call& call, Group group) {
-  CopyStamp(call, group);
-  const Message expected = Describe(call);
-  End* const end = EndOf(call, expected);
-  if (!group.Any(group.leader() && MayStart(call, expected, end))) return;
-  const std::uint64_t stop = group.leader() ? LoadRelaxedSystem(end->stop) : 0;
-  const Turn turn = NextTurn(*end);
-  const bool ready = group.Any(group.leader() && AwaitMessage(*end, expected, turn));
-  if (ready) {
-    const char* from = PayloadOf(*end, turn);
-    for (std::uint32_t i = 0; i < call.num_tensors; ++i) {
-      CopyShare(call.tensors[i].data, from, call.tensors[i].bytes, group.index(), group.count());
-      from += Padded(call.tensors[i].bytes);
-    }
-  }
-  group.Sync();
-  if (!group.leader()) return;
-  const bool done = ready && MayFinish(*end, expected, stop);
-  if (IsLast(*end, group.blocks()) && done) Release(*end, expected, turn);
 }
 
 }  // namespace lamina::cuda::gda

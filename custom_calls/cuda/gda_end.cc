@@ -2,12 +2,13 @@
 
 #include <cuda.h>
 
-#include <atomic>
 #include <algorithm>
-#include <cstdio>
+#include <atomic>
+#include <chrono>
 #include <map>
 #include <mutex>
 #include <stdexcept>
+#include <thread>
 
 #include "gda_failure.h"
 #include "gda_kernels.h"
@@ -23,9 +24,10 @@ struct Pinned {
 namespace {
 
 constexpr std::uint64_t kPage = 4096;
+constexpr std::chrono::microseconds kQueryInterval{200};
 constexpr std::uint64_t kGpuPage = 65536;  // GPU memory is exported, and registered with a NIC, in whole ones
 // Numbers of these ends start here, so that none is that of a channel of another kind.
-constexpr std::int64_t kFirstId = std::int64_t{1} << 40;
+constexpr std::int64_t kFirstId = std::int64_t{1} << 41;
 
 void Require(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
@@ -59,6 +61,12 @@ void RequireOrderedWrites(int device) {
 
 }  // namespace
 
+std::string PciBusId(int device) {
+  char id[32];
+  Require(cudaDeviceGetPCIBusId(id, sizeof(id), device), "asking where the GPU is");
+  return id;
+}
+
 GpuQueue::GpuQueue(int device, const DriverQueue& queue) : device_(device) {
   if (queue.log_num_wqes > kMaxLogWqes || queue.log_num_cqes < queue.log_num_wqes) {
     throw std::invalid_argument("expected at most 2^15 WQEs and a completion queue of at least as many, got 2^" +
@@ -71,16 +79,20 @@ GpuQueue::GpuQueue(int device, const DriverQueue& queue) : device_(device) {
   if (MapForGpu(queue)) return;
   cudaGetLastError();  // the refusal is dealt with
   Unmap();
-  std::fprintf(stderr,
-               "lamina_jax: GPU %d cannot reach the doorbell of the NIC (queue pair %u); a CPU thread posts its sends. "
-               "Setting the NVIDIA driver's NVreg_RegistryDwords=\"PeerMappingOverride=1;\" usually helps.\n",
-               device, queue.qpn);
   StartProxy(queue);
 }
 
-GpuQueue::~GpuQueue() {
+void GpuQueue::Settle() {
+  if (proxy_thread_ != nullptr) proxy_thread_->Settle(NowNs() + kDrainNs);
+}
+
+void GpuQueue::Close() {
   proxy_thread_.reset();
   Unmap();
+}
+
+GpuQueue::~GpuQueue() {
+  Close();
   cudaFree(device_state_);
   cudaFree(reserved_);
   cudaFreeHost(pinned_);
@@ -211,7 +223,8 @@ void GpuEnd::Connect(std::shared_ptr<GpuQueue> queue, std::uint64_t nic_address,
 void GpuEnd::Abort() { Stop(kStopAborted); }
 void GpuEnd::Close() { Stop(kStopClosed); }
 
-// Running kernels see the word; the peer is told by a kernel of its own, on a stream that waits for no other.
+// Running kernels see the word; the peer is told by a kernel of its own, on a stream that waits for no other. After a close
+// the memory may go, so that kernel is awaited.
 void GpuEnd::Stop(std::uint64_t stop) {
   if (LoadRelaxedSystem(&pinned_->stop) >= stop) return;
   StoreReleaseSystem(&pinned_->stop, stop);
@@ -219,7 +232,12 @@ void GpuEnd::Stop(std::uint64_t stop) {
   cudaStream_t stream = nullptr;
   cudaSetDevice(device_);
   if (cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) != cudaSuccess) return;
-  LaunchTellPeer(end_, stop, stream);
+  LaunchStop(end_, stop, stream);
+  const std::uint64_t deadline = NowNs() + 2 * kDrainNs;
+  while (stop == kStopClosed && cudaStreamQuery(stream) == cudaErrorNotReady && NowNs() < deadline) {
+    std::this_thread::sleep_for(kQueryInterval);
+  }
+  if (stop == kStopClosed) queue_->Settle();
   cudaStreamDestroy(stream);  // once its work is done
 }
 

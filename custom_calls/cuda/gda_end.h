@@ -15,6 +15,9 @@
 
 namespace lamina::cuda::gda {
 
+// Where a GPU is on the PCI bus, as "0000:1a:00.0". Throws std::runtime_error with CUDA's words if it is not there.
+std::string PciBusId(int device);
+
 // Where the driver of the NIC put a queue pair and its completion queue: addresses of this process.
 struct DriverQueue {
   std::uint64_t wqes, record, doorbell, cqes, cq_record;
@@ -30,6 +33,11 @@ class GpuQueue {
   GpuQueue(const GpuQueue&) = delete;
   GpuQueue& operator=(const GpuQueue&) = delete;
 
+  // Waits until the NIC is done with what finished kernels left to the CPU proxy, if there is one.
+  void Settle();
+  // Ends all use of the driver's queues, which may be destroyed then. Close the ends first.
+  void Close();
+  // Whether the GPU cannot reach the NIC's doorbell.
   bool uses_proxy() const { return proxy_thread_ != nullptr; }
   void Describe(End& end) const;  // fills in queue, proxy and use_proxy
   int device() const { return device_; }

@@ -61,6 +61,7 @@ std::string ReasonText(const FailureRecord& record, Role role, double timeout_s)
     case Reason::kQueue:
       return QueueErrorText(record.queue_error);
     case Reason::kNone:
+    case Reason::kPeerDied:  // nobody on this host could say so
     case Reason::kEarlier:
       break;
   }

@@ -11,6 +11,6 @@ namespace lamina::cuda::gda {
 cudaError_t LaunchSend(const Call& call, cudaStream_t stream);
 cudaError_t LaunchRecv(const Call& call, cudaStream_t stream);
 // Tells the peer that this side has stopped (kStopClosed or kStopAborted). `end` is in device memory.
-cudaError_t LaunchTellPeer(const End* end, std::uint64_t stop, cudaStream_t stream);
+cudaError_t LaunchStop(End* end, std::uint64_t stop, cudaStream_t stream);
 
 }  // namespace lamina::cuda::gda

@@ -1,11 +1,9 @@
-// What the end of a `gda` channel keeps in memory, and what one call brings along.
+// What the end of a `gda` channel keeps in memory.
 //
 //   Region         memory registered with the NIC, one at each end: a header, then num_slots slots as in message.h. The
 //                  writer's slots are where it stages messages, the reader's are where they arrive. A header holds what
 //                  the peer writes: the reader its credit, and either end that it has stopped.
 //   End            device memory; the host writes it once, then kernels advance it, so that a CUDA graph replays them
-//   FailureRecord  pinned host memory; the first operation that fails writes it, the host reads it
-//   Call           parameters of a kernel, the same at every replay: all that differs is in the End and the stamp
 //
 // A message is two RDMA WRITEs on one reliable connection: all of the slot but its first 8 bytes, then these, the
 // sequence number. The NIC performs them in that order; within one WRITE no order is relied on.
@@ -13,40 +11,12 @@
 
 #include <cstdint>
 
+#include "call.h"
 #include "gda_proxy.h"
 #include "gda_queue.h"
 #include "message.h"
 
 namespace lamina::cuda::gda {
-
-inline constexpr int kMaxTensors = 32;
-inline constexpr int kMaxBatches = 32;
-
-// Why an operation failed. kNone must be 0.
-enum class Reason : std::uint32_t {
-  kNone = 0,
-  kTimeout,
-  kAborted,      // by this side
-  kClosed,       // by this side
-  kPeerAborted,
-  kPeerClosed,
-  kSequence,     // the slot holds a message with another number
-  kMessage,      // the slot holds another message
-  kTooLarge,
-  kNoChannel,    // the stamp names a batch that the program has no channel for
-  kQueue,        // the send queue broke: `queue_error` says how
-  kEarlier,      // an operation before this one has failed and is on record
-};
-
-// `got` is the message in the slot (kMessage) and its batch the number of channels (kNoChannel).
-struct alignas(kLine) FailureRecord {
-  Message expected;
-  Message got;
-  std::uint64_t expected_sequence;  // numbers of messages (kSequence)
-  std::uint64_t got_sequence;
-  std::uint32_t queue_error;  // as QueueState::error (kQueue)
-  std::uint32_t reason;       // a Reason; stored last
-};
 
 // Values of the words by which one side says that it has stopped; 0 before. A higher one replaces a lower one.
 inline constexpr std::uint64_t kStopClosed = 1;   // what was sent before may still be received
@@ -93,23 +63,7 @@ struct alignas(kLine) End {
   std::uint32_t failed;               // 1 from the first failure on
 };
 
-struct Tensor {
-  char* data;  // device memory; may be null if it has no bytes
-  std::uint64_t bytes;
-};
-
-struct Call {
-  const std::int32_t* stamp;  // device memory: step, layer, batch
-  std::int32_t* stamp_out;
-  std::uint64_t payload_bytes;
-  std::uint64_t layout;
-  std::int32_t tag;
-  std::uint32_t num_tensors;
-  std::uint32_t num_ends;
-  End* ends[kMaxBatches];  // by batch
-  std::uint64_t ids[kMaxBatches];
-  Tensor tensors[kMaxTensors];
-};
+using Call = CallOf<End>;
 
 static_assert(sizeof(Call) <= 4096, "kernel parameters have room for 4096 bytes");
 

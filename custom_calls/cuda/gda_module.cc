@@ -7,6 +7,7 @@
 
 #include "gda_end.h"
 #include "gda_ffi_handlers.h"
+#include "wording.h"
 
 namespace nb = nanobind;
 
@@ -48,6 +49,7 @@ NB_MODULE(_gda_calls, module) {
       .def_static("make", &MakeQueue, nb::arg("device"), nb::arg("wqes"), nb::arg("log_num_wqes"), nb::arg("record"),
                   nb::arg("doorbell"), nb::arg("cqes"), nb::arg("log_num_cqes"), nb::arg("cq_record"), nb::arg("qpn"),
                   no_gil)
+      .def("close", &GpuQueue::Close, no_gil)
       .def_prop_ro("uses_proxy", &GpuQueue::uses_proxy);
 
   nb::class_<GpuEnd>(module, "GpuEnd")
@@ -63,6 +65,8 @@ NB_MODULE(_gda_calls, module) {
       .def_prop_ro("region_bytes", &GpuEnd::region_bytes)
       .def_prop_ro("failure", &GpuEnd::failure);
 
+  module.def("pci_bus_id", &PciBusId, nb::arg("device"), no_gil);
+  module.def("name_tag", &NameTag, nb::arg("tag"), nb::arg("name"));
   module.def("send_handler", [] { return Capsule(LaminaGdaSend); });
   module.def("recv_handler", [] { return Capsule(LaminaGdaRecv); });
 }

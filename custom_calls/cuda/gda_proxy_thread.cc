@@ -17,10 +17,20 @@ ProxyThread::~ProxyThread() {
   thread_.join();
 }
 
+bool ProxyThread::Settle(std::uint64_t deadline_ns) {
+  const std::uint32_t mine = asked_.fetch_add(1, std::memory_order_acq_rel) + 1;
+  while (settled_.load(std::memory_order_acquire) < mine) {
+    if (NowNs() > deadline_ns) return false;
+    std::this_thread::yield();
+  }
+  return true;
+}
+
 // What was asked for before the destructor is still posted.
 void ProxyThread::Run() {
   while (true) {
     const bool stopping = stop_.load(std::memory_order_acquire);
+    const std::uint32_t asked = asked_.load(std::memory_order_acquire);
     bool idle = true;
     for (std::uint32_t poll = 0; poll < kIdlePolls; ++poll) {
       while (TakeOne()) idle = false;
@@ -29,6 +39,8 @@ void ProxyThread::Run() {
     while (PollCompletion(queue_)) {
     }
     if (const std::uint32_t error = ErrorOf(queue_); error != kOk) Report(error);
+    const bool done = LoadAcquireSystem(&queue_.state->completed) == LoadRelaxedSystem(&queue_.state->reserved);
+    if (idle && (done || ErrorOf(queue_) != kOk)) settled_.store(asked, std::memory_order_release);
     if (stopping && idle) return;
     if (idle) std::this_thread::yield();
   }

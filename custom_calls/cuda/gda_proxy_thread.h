@@ -14,6 +14,8 @@ class ProxyThread {
  public:
   ProxyThread(ProxyQueue proxy, SendQueue queue);
   ~ProxyThread();
+  // Waits until the NIC is done with what device code had left before, or the queue is broken. False if not in time.
+  bool Settle(std::uint64_t deadline_ns);
   ProxyThread(const ProxyThread&) = delete;
   ProxyThread& operator=(const ProxyThread&) = delete;
 
@@ -28,6 +30,7 @@ class ProxyThread {
   std::uint64_t taken_ = 0;
   std::vector<Write> writes_;  // taken, but their Post is not complete yet
   std::atomic<bool> stop_{false};
+  std::atomic<std::uint32_t> asked_{0}, settled_{0};
   std::thread thread_;
 };
 

@@ -18,6 +18,7 @@ namespace lamina::cuda::gda {
 
 inline constexpr std::uint32_t kPollsPerLook = 32;  // polls between looks at the clock
 inline constexpr std::uint32_t kNapNs = 40;
+inline constexpr std::uint64_t kDrainNs = 1'000'000'000;  // how long what was sent may take to arrive after a close
 inline constexpr std::uint32_t kMaxLogWqes = 15;  // 2^15: WQE counters of 16 bits must tell half of them apart
 
 // QueueState::error: kOk, kStuck, or kNicError | vendor syndrome << 8 | syndrome.
@@ -172,6 +173,16 @@ LAMINA_DEVICE std::uint32_t Post(const SendQueue& queue, const Write* writes, st
   PostReady(queue);
   StoreReleaseSystem(&state.post_lock, 0u);
   return kOk;
+}
+
+// Waits until the NIC is done with all that was posted before. False if the queue is broken or the deadline comes first.
+LAMINA_DEVICE bool Drain(const SendQueue& queue, std::uint64_t deadline_ns) {
+  const std::uint64_t end = LoadRelaxedSystem(&queue.state->reserved);
+  while (LoadAcquireSystem(&queue.state->completed) < end) {
+    if (ErrorOf(queue) != kOk || NowNs() > deadline_ns) return false;
+    if (!PollCompletion(queue)) Nanosleep(kNapNs);
+  }
+  return true;
 }
 
 }  // namespace lamina::cuda::gda

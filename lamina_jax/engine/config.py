@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lamina_jax.attention.kernels import check_name
 from lamina_jax.models import ModelConfig
-from lamina_jax.runtime.places import check_platforms
+from lamina_jax.runtime.places import channel_kind, check_platforms
 
 _CACHE_SHARE_OF_MEMORY = 0.25
 
@@ -22,6 +22,7 @@ class EngineConfig:
     num_attention_workers: int = 1
     model_platform: str = "cpu"
     attention_platform: str = "cpu"
+    transport: str = "auto"
     tensor_parallel_size: int = 1
     model_memory_fraction: float | None = None
     attention_memory_fraction: float | None = None
@@ -62,6 +63,7 @@ class EngineConfig:
             if fraction is not None and not 0 < fraction <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {fraction!r}.")
         check_platforms(self.model_platform, self.attention_platform)
+        channel_kind(self.model_platform, self.attention_platform, self.transport)
         self._check_division()
         check_name(self.attention_kernel)
         if self.trace_dir is not None and not self.num_attention_workers:

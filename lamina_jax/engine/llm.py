@@ -74,6 +74,9 @@ class LLM:
             (at least 16, and at least max_num_seqs); longer prompts go in pieces.
         model_platform, attention_platform: "cpu" or "cuda", where the model's slices run and where attention does. A
             model on "cuda" needs the environment variable JAX_PLATFORMS=cuda,cpu, or none.
+        transport: kind of the channels to the attention workers, or "auto" for the one that the platforms suggest:
+            "shm" between CPUs, "cuda_host" from a GPU to a CPU, "cuda_ipc" between GPUs of one host, for which there is
+            also "gda", GPU-initiated RDMA.
         tensor_parallel_size: devices that share the model; each sends its own heads to its own attention workers, so
             num_attention_workers is a multiple of it.
         model_memory_fraction, attention_memory_fraction: of a GPU's memory, what the model and what each attention
@@ -465,7 +468,7 @@ def _make_executor(
         pool,
         num_batches=config.num_batches,
         replicas=places,
-        channel_kind=channel_kind(config.model_platform, config.attention_platform),
+        channel_kind=channel_kind(config.model_platform, config.attention_platform, config.transport),
         overlap=config.overlap,
         trace_dir=config.trace_dir,
         max_step_tokens=limits.max_step_tokens,

@@ -38,7 +38,7 @@ from lamina_jax.runtime.messages import (
 )
 from lamina_jax.runtime.places import device_bytes
 from lamina_jax.runtime.stamps import first_stamp
-from lamina_jax.transport import Channel, attach
+from lamina_jax.transport import Channel, ChannelAddress, attach
 from lamina_jax.transport.recorder import start_recording
 
 _CONTROL = flags.DEFINE_string("control", None, "ZeroMQ address of the engine's control socket.", required=True)
@@ -132,9 +132,9 @@ def _obey(client: ControlClient, at_end: contextlib.ExitStack) -> None:
             case Shutdown():
                 return
             case Configure():
-                worker = _configure(message)
+                worker, answers = _configure(message)
                 _record(message.config, at_end)
-                client.send(Done())
+                client.send(Done(answers=answers))
             case Prepare() if worker is not None:
                 worker.prepare(message.bucket, message.num_batches)
                 client.send(Done())
@@ -148,12 +148,13 @@ def _obey(client: ControlClient, at_end: contextlib.ExitStack) -> None:
             worker.reap()
 
 
-def _configure(message: Configure) -> AttentionWorker:
+def _configure(message: Configure) -> tuple[AttentionWorker, tuple[ChannelAddress | None, ...]]:
+    """The worker, and what the engine has to know of its ends of the channels."""
     config = message.config
     options = {"peer": "model worker", "timeout_s": _PATIENCE_S}
     inboxes = [attach(address, role="reader", **options) for address in message.inboxes]
     outboxes = [attach(address, role="writer", **options) for address in message.outboxes]
-    return AttentionWorker(config, inboxes, outboxes)
+    return AttentionWorker(config, inboxes, outboxes), tuple(c.answer for c in (*inboxes, *outboxes))
 
 
 def _record(config: AttentionWorkerConfig, at_end: contextlib.ExitStack) -> None:

@@ -86,6 +86,9 @@ class RunStep(msgspec.Struct, tag=True):
 class Done(msgspec.Struct, tag=True):
     """Worker: what was asked (Configure, Prepare) is done."""
 
+    answers: tuple[ChannelAddress | None, ...] = ()
+    """To Configure: `Channel.answer` of the worker's end of every inbox, then of every outbox."""
+
 
 class Failed(msgspec.Struct, tag=True):
     """Worker: I cannot go on, and end now."""

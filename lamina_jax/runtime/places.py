@@ -15,10 +15,13 @@ PLATFORMS: Final = ("cpu", "cuda")
 MODEL_AXIS: Final = "model"
 """The axis of a mesh of devices that share one model."""
 
-_CHANNEL_KINDS: Final[Mapping[tuple[str, str], str]] = {
-    ("cpu", "cpu"): "shm",
-    ("cuda", "cpu"): "cuda_host",
-    ("cuda", "cuda"): "cuda_ipc",
+AUTO_TRANSPORT: Final = "auto"
+
+# From where the model runs to where attention does; "auto" is the first of each.
+_CHANNEL_KINDS: Final[Mapping[tuple[str, str], Sequence[str]]] = {
+    ("cpu", "cpu"): ("shm",),
+    ("cuda", "cpu"): ("cuda_host",),
+    ("cuda", "cuda"): ("cuda_ipc", "gda"),
 }
 # Of a GPU's memory, what its workers take together: the rest is the driver's, XLA's own and the loaded programs'.
 _GPU_MEMORY_SHARE: Final = 0.9
@@ -37,9 +40,24 @@ def check_platforms(model_platform: str, attention_platform: str) -> None:
         )
 
 
-def channel_kind(model_platform: str, attention_platform: str) -> str:
-    """The kind of channel that joins the two, for platforms that `check_platforms` lets pass."""
-    return _CHANNEL_KINDS[model_platform, attention_platform]
+def channel_kind(model_platform: str, attention_platform: str, transport: str = AUTO_TRANSPORT) -> str:
+    """The kind of channel that joins the two, for platforms that `check_platforms` lets pass.
+
+    Args:
+        transport: the kind asked for, or "auto".
+
+    Raises:
+        ValueError: that kind does not join these platforms.
+    """
+    suitable = _CHANNEL_KINDS[model_platform, attention_platform]
+    if transport == AUTO_TRANSPORT:
+        return suitable[0]
+    if transport not in suitable:
+        raise ValueError(
+            f"transport {transport!r} does not lead from a model on {model_platform} to attention on "
+            f"{attention_platform}; those that do: {', '.join((AUTO_TRANSPORT, *suitable))}."
+        )
+    return transport
 
 
 def model_places(platform: str, *, num_replicas: int, tensor_parallel_size: int) -> list[Sharding]:

@@ -22,6 +22,7 @@ from lamina_jax.runtime.messages import (
     Shutdown,
     ToWorker,
 )
+from lamina_jax.transport import ChannelAddress
 
 _POLL_MS: Final = 50
 _START_TIMEOUT_S: Final = 120.0
@@ -41,6 +42,7 @@ class AttentionWorkerPool:
         self._peers: dict[int, bytes] = {}
         self._memory: dict[int, int | None] = {}
         self._pending: dict[int, int] = dict.fromkeys(range(len(environments)), 0)
+        self._answers: dict[int, tuple[ChannelAddress | None, ...]] = {}
         self._processes: list[subprocess.Popen] = []
         try:
             for i, environment in enumerate(environments):
@@ -59,13 +61,28 @@ class AttentionWorkerPool:
         self._wait(lambda: len(self._peers) == len(self._processes), _START_TIMEOUT_S, "start")
         return min((n for n in self._memory.values() if n is not None), default=None)
 
-    def configure(self, messages: Sequence[Configure]) -> None:
-        """Waits for every worker to be up and gives each its share. Raises WorkerError if one does not come."""
+    def configure(self, messages: Sequence[Configure]) -> list[tuple[ChannelAddress | None, ...]]:
+        """Waits for every worker to be up and gives each its share.
+
+        Returns:
+            For each worker the answers (`Channel.answer`) of its inboxes, then of its outboxes.
+
+        Raises:
+            WorkerError: A worker does not come, or does not answer for every channel.
+        """
         self._wait(lambda: len(self._peers) == len(self._processes), _START_TIMEOUT_S, "start")
         self._control.remove_files()
         for worker, message in enumerate(messages):
             self._ask(worker, message)
         self.wait_done("attach to its channels", _START_TIMEOUT_S)
+        for worker, message in enumerate(messages):
+            expected, got = len(message.inboxes) + len(message.outboxes), len(self._answers[worker])
+            if got != expected:
+                raise WorkerError(
+                    f"attention worker {worker} was given {expected} channels to attach to and answered for {got}; it "
+                    "must run the same version of lamina_jax."
+                )
+        return [self._answers[worker] for worker in range(len(messages))]
 
     def prepare(self, bucket: Bucket, num_batches: int) -> None:
         """Asks every worker to compile a bucket for steps of `num_batches` batches; `wait_done` waits for that."""
@@ -161,6 +178,7 @@ class AttentionWorkerPool:
             pid = self._processes[worker].pid
             raise WorkerError(f"attention worker {worker} (pid {pid}) failed: {message.message}")
         self._pending[worker] -= 1
+        self._answers[worker] = message.answers
 
     def _check_killed(self) -> None:
         """As `_check_alive`, for deaths that no message explains better."""

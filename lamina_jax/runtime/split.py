@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from lamina_jax import partition
+from lamina_jax.runtime.errors import WorkerError
 from lamina_jax.runtime.executor import CacheConfig, Executor
 from lamina_jax.runtime.gpu_options import compiler_options
 from lamina_jax.runtime.messages import AttentionWorkerConfig, Bucket, Configure, RunStep
@@ -20,7 +21,7 @@ from lamina_jax.runtime.pool import AttentionWorkerPool
 from lamina_jax.runtime.schedule import Turn, turns
 from lamina_jax.runtime.slices import Heads, SlicePlan, SlicePorts, plan_slice, split_heads
 from lamina_jax.runtime.stamps import first_stamp
-from lamina_jax.transport import Channel, MessageSpec, Tag, attach, channel_class
+from lamina_jax.transport import Channel, ChannelAddress, MessageSpec, Tag, attach, channel_class
 
 
 class _SlicedModel:
@@ -94,7 +95,7 @@ class SplitExecutor(Executor):
 
         Raises:
             ValueError: there are more workers than KV heads, or not as many for each device of the model.
-            WorkerError: a worker did not start.
+            WorkerError: a worker did not start, or did not answer how to reach its ends of the channels.
         """
         self._model = model
         self._pool = pool
@@ -121,7 +122,14 @@ class SplitExecutor(Executor):
         self._context_in: list[list[Channel]] = []
         if len(replicas) > 1:
             self._open_context_channels(max_step_tokens, timeout_s)
-        pool.configure([self._configuration(config, i) for i in range(len(pool.names()))])
+        try:
+            answers = pool.configure([self._configuration(config, i) for i in range(len(pool.names()))])
+            for i, name in enumerate(pool.names()):
+                _connect([*self._down[i], *self._up[i]], answers[i], name)
+        except BaseException:
+            for channel in self._channels():
+                channel.close()
+            raise
 
     def prepare(self, bucket: Bucket, num_batches: int) -> None:
         if (bucket, num_batches) in self._prepared:
@@ -321,6 +329,16 @@ class SplitExecutor(Executor):
         stamp = jax.ShapeDtypeStruct((3,), jnp.int32, sharding=place)
         lowered = jax.jit(run).lower(tuple(weights), tuple(map(on_device, plan.given)), stamp)
         return lowered.compile(compiler_options=compiler_options(next(iter(place.device_set)).platform))
+
+
+def _connect(channels: Sequence[Channel], answers: Sequence[ChannelAddress | None], worker: str) -> None:
+    for channel, answer in zip(channels, answers, strict=True):
+        try:
+            channel.connect(answer)
+        except (ValueError, OSError) as error:
+            raise WorkerError(
+                f"cannot connect to the ends of channels that {worker} has attached to: {error}"
+            ) from error
 
 
 def _shares(model: Model, num_workers: int) -> list[Heads]:

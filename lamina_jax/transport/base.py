@@ -6,7 +6,7 @@ import enum
 import importlib
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +82,8 @@ class MessageSpec:
 
 
 class ChannelAddress(msgspec.Struct, frozen=True, kw_only=True):
-    """How the other end finds a channel. Plain data, to be sent over a control connection.
+    """How the other end finds a channel, or the creator the other end (`Channel.answer`). Plain data, to be sent over a
+    control connection.
 
     Attributes:
         kind: The kind of channel, e.g. "shm".
@@ -103,7 +104,17 @@ class Channel(abc.ABC):
     """One end of a one-way bounded ring of messages between two processes.
 
     Messages arrive once and in order. `ops.send` and `ops.recv` move them inside XLA programs; a channel only says how
-    to reach those. A kind of channel has to keep these promises:
+    to reach those.
+
+    One process creates the channel and sends its `address` to the other, which attaches and sends its `answer` back,
+    with which the creator connects. Kinds whose creator has to know nothing of the other end, like shared memory, have
+    no answer and no need of `connect`; whoever handles channels of any kind makes all three steps:
+
+        creator:  channel = SomeChannel.create(...)                     send channel.address
+        peer:     channel = attach(address, ...)                        send channel.answer
+        creator:  channel.connect(answer)                               from now on both may send and receive
+
+    A kind of channel has to keep these promises:
 
     - Every wait ends: with a message, when the peer dies (within two seconds), on `abort` or `close` of either end, or
       after `timeout_s`. All but the first are errors that name operation, tag, step, layer, batch and peer.
@@ -112,10 +123,25 @@ class Channel(abc.ABC):
     - `abort` and `close` may be called from any thread, also while an operation is waiting.
     """
 
-    def __init__(self, *, role: Role, peer: str, num_slots: int, slot_bytes: int, device: int | None = None):
+    needs_answer: ClassVar[bool] = False
+    """Whether the creator has to `connect` to the other end's `answer`. A kind that sets this overrides `answer` and
+    `_connect`."""
+
+    def __init__(
+        self,
+        *,
+        role: Role,
+        peer: str,
+        num_slots: int,
+        slot_bytes: int,
+        device: int | None = None,
+        attached: bool = False,
+    ):
         """Args:
         device: ordinal of the one JAX device whose programs use this end; None for any.
+        attached: whether this end was made by `attach` and so knows the creator's already.
         """
+        self._connected = attached or not self.needs_answer
         self.device = device
         self.role: Role = role
         self.peer = peer
@@ -152,7 +178,8 @@ class Channel(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def attach(cls, address: ChannelAddress, *, role: Role, peer: str, timeout_s: float = 60.0) -> "Channel":
-        """Takes the other end of a channel that a peer created.
+        """Takes the other end of a channel that a peer created. If that has an `answer`, no program may use either end
+        before the creator has connected to it.
 
         Raises:
             ValueError: What lies at the address is not what the address says, or that end is taken.
@@ -163,6 +190,51 @@ class Channel(abc.ABC):
     @abc.abstractmethod
     def address(self) -> ChannelAddress:
         """What the peer passes to `attach`, while the creator keeps the channel open. The same at both ends."""
+
+    @property
+    def answer(self) -> ChannelAddress | None:
+        """What the creator passes to `connect`: the address with this end's location in place of the creator's. None
+        if the creator needs nothing, and at the creator's end."""
+        return None
+
+    def connect(self, answer: ChannelAddress | None) -> None:
+        """Takes what the other end had as its `answer`; the creator's last step.
+
+        Raises:
+            ValueError: The answer is missing, unasked for, given a second time, or not that of this channel's peer.
+            OSError: The connection is refused.
+        """
+        if answer is None and not self.needs_answer:
+            return
+        kind, own = self.address.kind, self.address
+        if not self.needs_answer:
+            raise ValueError(
+                f"expected no answer of {self.peer}, as a channel of kind {kind!r} needs none; got {answer}"
+            )
+        if self._connected:
+            raise ValueError(f"the channel of kind {kind!r} to {self.peer} is connected already")
+        if answer is None:
+            raise ValueError(
+                f"expected {self.peer} to answer how to reach its end of a channel of kind {kind!r}, got none"
+            )
+        for name in ("kind", "num_slots", "slot_bytes", "creator_role"):
+            mine, theirs = getattr(own, name), getattr(answer, name)
+            if mine != theirs:
+                raise ValueError(
+                    f"{self.peer} answered for another channel than the one of kind {kind!r} that it was given: "
+                    f"expected {name} {mine!r}, got {theirs!r}"
+                )
+        self._connect(answer)
+        self._connected = True
+
+    def _connect(self, answer: ChannelAddress) -> None:
+        """What `connect` does for this kind with an answer whose kind and sizes are right; raises as `connect` does."""
+        raise NotImplementedError(f"{type(self).__name__} needs an answer and does not say what to do with it")
+
+    @property
+    def connected(self) -> bool:
+        """Whether programs may use this end: always, unless it still needs its peer's answer."""
+        return self._connected
 
     @property
     @abc.abstractmethod
@@ -177,7 +249,7 @@ class Channel(abc.ABC):
     @property
     @abc.abstractmethod
     def peer_pid(self) -> int | None:
-        """The process at the other end; None while no one has attached."""
+        """The process at the other end; None while no one has attached, and where it may be on another host."""
 
     @property
     @abc.abstractmethod
@@ -212,6 +284,7 @@ _KINDS = {
     "shm": "lamina_jax.transport.shm:ShmChannel",
     "cuda_host": "lamina_jax.transport.cuda:CudaHostChannel",
     "cuda_ipc": "lamina_jax.transport.cuda:CudaIpcChannel",
+    "gda": "lamina_jax.transport.gda:GdaChannel",
 }
 
 
@@ -257,6 +330,12 @@ def slot_room(messages: Sequence[MessageSpec], *, num_slots: int, slot_bytes: in
     for message in messages:
         message.require_fits(room)
     return _aligned(room)
+
+
+def require_kind(address: ChannelAddress, kind: str) -> None:
+    """Raises ValueError unless the address is that of a channel of this kind."""
+    if address.kind != kind:
+        raise ValueError(f"expected an address of kind {kind!r}, got {address.kind!r}")
 
 
 def require_wait(timeout_s: float, spin_us: float = 0.0) -> None:

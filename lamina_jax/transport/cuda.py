@@ -15,7 +15,16 @@ import jax
 
 from lamina_jax import _custom_calls
 from lamina_jax.transport import shm
-from lamina_jax.transport.base import Channel, ChannelAddress, MessageSpec, Role, Tag, require_wait, slot_room
+from lamina_jax.transport.base import (
+    Channel,
+    ChannelAddress,
+    MessageSpec,
+    Role,
+    Tag,
+    require_kind,
+    require_wait,
+    slot_room,
+)
 from lamina_jax.transport.ops import FENCE
 
 SEND, RECV = "lamina_cuda_send", "lamina_cuda_recv"
@@ -91,7 +100,7 @@ class _CudaChannel(Channel):
         require_wait(timeout_s)
         room = slot_room(messages, num_slots=num_slots, slot_bytes=slot_bytes)
         calls = cls._require_device(device)
-        with _cuda_errors():
+        with cuda_errors():
             handle = calls.DeviceHandle.create(
                 kind=cls.kind,
                 device=device,
@@ -105,10 +114,10 @@ class _CudaChannel(Channel):
 
     @classmethod
     def _attach_on_gpu(cls, address: ChannelAddress, device: int, *, role: Role, peer: str, timeout_s: float):
-        cls._require_kind(address)
+        require_kind(address, cls.kind)
         require_wait(timeout_s)
         calls = cls._require_device(device)
-        with _cuda_errors():
+        with cuda_errors():
             handle = calls.DeviceHandle.attach(
                 kind=cls.kind,
                 device=device,
@@ -126,11 +135,6 @@ class _CudaChannel(Channel):
         return ChannelAddress(
             kind=cls.kind, location=handle.path, num_slots=num_slots, slot_bytes=slot_bytes, creator_role=role
         )
-
-    @classmethod
-    def _require_kind(cls, address: ChannelAddress) -> None:
-        if address.kind != cls.kind:
-            raise ValueError(f"expected an address of kind {cls.kind!r}, got {address.kind!r}")
 
     @classmethod
     def _require_device(cls, device: int) -> ModuleType:
@@ -257,7 +261,7 @@ class CudaHostChannel(_CudaChannel):
         """Takes the free end, for the CPU unless `device` names a GPU; see `create` and `Channel.attach`."""
         if device is not None:
             return cls._attach_on_gpu(address, device, role=role, peer=peer, timeout_s=timeout_s)
-        cls._require_kind(address)
+        require_kind(address, cls.kind)
         require_wait(timeout_s, spin_us)
         handle = _custom_calls.ShmHandle.attach(
             writer=role == "writer",
@@ -316,7 +320,7 @@ class CudaIpcChannel(_CudaChannel):
 
 
 @contextlib.contextmanager
-def _cuda_errors() -> Iterator[None]:
+def cuda_errors() -> Iterator[None]:
     """What CUDA refuses is an OSError, as with every other kind of channel."""
     try:
         yield

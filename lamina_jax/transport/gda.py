@@ -1,415 +1,254 @@
-"""Set-up of GPU-initiated RDMA on mlx5: queue pairs, registered GPU memory, and the ends of channels on top.
+"""Channels between GPUs of different hosts: GPU-initiated RDMA over mlx5 NICs, no CPU in between.
 
-**Never run on hardware.** What is below this file (`custom_calls/cuda/gda_*.h`: WQEs, doorbells, completions, rings) is
-tested against a software NIC; this file, which asks a real one for its queues, has only been read and type-checked.
-
-pyverbs (`pip install pyverbs`, or rdma-core's package python3-pyverbs) opens the device and registers memory. It does
-not say where a send queue, its doorbell record and its doorbell lie, so queue pairs are made by libibverbs through
-ctypes and `mlx5dv_init_obj` is asked. Structures: infiniband/verbs.h and infiniband/mlx5dv.h of rdma-core.
-
-A `Link` is one reliable connection to one peer; any number of channels, both ways, share it:
-
-    link = Link(device="mlx5_0", gpu=0)            # both sides
-    link.connect(peer_link_address)                # what the peer's link.address said
-    end = GdaEnd(link, role="writer", peer="attention worker 0", num_slots=8, slot_bytes=65536)
-    end.connect(peer_region_address)               # what the peer's end.address said
-
-The addresses travel over whatever control connection there is.
+**Never run on hardware**: `docs/gpu.md` says what of it was tested against what. Importing this module registers the
+custom calls of `platform="CUDA"`. That needs no GPU and no NIC, so programs can be compiled ahead of time.
 """
 
-import ctypes
+import contextlib
+import errno
 import importlib
-import ipaddress
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Literal
 
+import jax
 import msgspec
 
-from lamina_jax.transport.base import Role
+from lamina_jax.transport import cuda  # registers the fence of CUDA programs
+from lamina_jax.transport.base import (
+    Channel,
+    ChannelAddress,
+    MessageSpec,
+    Role,
+    Tag,
+    require_kind,
+    require_wait,
+    slot_room,
+)
+from lamina_jax.transport.gda_link import GdaEnd, Link, LinkAddress, RegionAddress
+from lamina_jax.transport.rdma_devices import choose_port
 
-MAX_LOG_WQES = 15
-"""WQE counters have 16 bits, and half of their range must be enough to tell what has completed."""
-
-_ETHERNET = 2  # IBV_LINK_LAYER_ETHERNET
-_RC = 2  # IBV_QPT_RC
-_INIT, _RTR, _RTS = 1, 2, 3  # enum ibv_qp_state
-_MASK_INIT = 1 << 0 | 1 << 3 | 1 << 4 | 1 << 5  # STATE, ACCESS_FLAGS, PKEY_INDEX, PORT
-_MASK_RTR = 1 << 0 | 1 << 7 | 1 << 8 | 1 << 12 | 1 << 15 | 1 << 17 | 1 << 20
-_MASK_RTS = 1 << 0 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 13 | 1 << 16
-_LOCAL_WRITE, _REMOTE_WRITE = 1, 2  # enum ibv_access_flags; never RELAXED_ORDERING: the ring relies on order
-_OBJ_QP, _OBJ_CQ = 1, 2  # enum mlx5dv_obj_type
-
-
-class LinkAddress(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a peer finds the queue pair of a `Link`. Plain data, for a control connection."""
-
-    qpn: int
-    psn: int
-    lid: int
-    gid: bytes
-    mtu: int
+KIND = "gda"
+SEND, RECV = "lamina_gda_send", "lamina_gda_recv"
 
 
-class RegionAddress(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a peer finds the memory of a `GdaEnd`, and what it holds. Plain data, for a control connection."""
-
-    region: int
-    rkey: int
-    num_slots: int
-    slot_bytes: int
-    role: Role
-
-
-class _Cap(ctypes.Structure):  # struct ibv_qp_cap
-    _fields_ = [
-        (name, ctypes.c_uint32)
-        for name in ("max_send_wr", "max_recv_wr", "max_send_sge", "max_recv_sge", "max_inline_data")
-    ]
-
-
-class _QpInitAttr(ctypes.Structure):  # struct ibv_qp_init_attr
-    _fields_ = [
-        ("qp_context", ctypes.c_void_p),
-        ("send_cq", ctypes.c_void_p),
-        ("recv_cq", ctypes.c_void_p),
-        ("srq", ctypes.c_void_p),
-        ("cap", _Cap),
-        ("qp_type", ctypes.c_int),
-        ("sq_sig_all", ctypes.c_int),
-    ]
-
-
-class _GlobalRoute(ctypes.Structure):  # struct ibv_global_route
-    _fields_ = [
-        ("dgid", ctypes.c_uint64 * 2),
-        ("flow_label", ctypes.c_uint32),
-        *((name, ctypes.c_uint8) for name in ("sgid_index", "hop_limit", "traffic_class")),
-    ]
-
-
-class _AhAttr(ctypes.Structure):  # struct ibv_ah_attr
-    _fields_ = [
-        ("grh", _GlobalRoute),
-        ("dlid", ctypes.c_uint16),
-        *((name, ctypes.c_uint8) for name in ("sl", "src_path_bits", "static_rate", "is_global", "port_num")),
-    ]
-
-
-class _QpAttr(ctypes.Structure):  # struct ibv_qp_attr
-    _fields_ = [
-        *((name, ctypes.c_int) for name in ("qp_state", "cur_qp_state", "path_mtu", "path_mig_state")),
-        *((name, ctypes.c_uint32) for name in ("qkey", "rq_psn", "sq_psn", "dest_qp_num", "qp_access_flags")),
-        ("cap", _Cap),
-        ("ah_attr", _AhAttr),
-        ("alt_ah_attr", _AhAttr),
-        ("pkey_index", ctypes.c_uint16),
-        ("alt_pkey_index", ctypes.c_uint16),
-        *(
-            (name, ctypes.c_uint8)
-            for name in (
-                "en_sqd_async_notify",
-                "sq_draining",
-                "max_rd_atomic",
-                "max_dest_rd_atomic",
-                "min_rnr_timer",
-                "port_num",
-                "timeout",
-                "retry_cnt",
-                "rnr_retry",
-                "alt_port_num",
-                "alt_timeout",
-            )
-        ),
-        ("rate_limit", ctypes.c_uint32),
-    ]
-
-
-class _QpHead(ctypes.Structure):  # the start of struct ibv_qp
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("context", "qp_context", "pd", "send_cq", "recv_cq", "srq")),
-        ("handle", ctypes.c_uint32),
-        ("qp_num", ctypes.c_uint32),
-    ]
-
-
-class _Ring(ctypes.Structure):
-    _fields_ = [("buf", ctypes.c_void_p), ("wqe_cnt", ctypes.c_uint32), ("stride", ctypes.c_uint32)]
-
-
-class _DvQp(ctypes.Structure):  # struct mlx5dv_qp
-    _fields_ = [
-        ("dbrec", ctypes.c_void_p),
-        ("sq", _Ring),
-        ("rq", _Ring),
-        ("bf_reg", ctypes.c_void_p),
-        ("bf_size", ctypes.c_uint32),
-        ("comp_mask", ctypes.c_uint64),
-        ("uar_mmap_offset", ctypes.c_int64),
-        *((name, ctypes.c_uint32) for name in ("tirn", "tisn", "rqn", "sqn")),
-        ("tir_icm_addr", ctypes.c_uint64),
-    ]
-
-
-class _DvCq(ctypes.Structure):  # struct mlx5dv_cq
-    _fields_ = [
-        ("buf", ctypes.c_void_p),
-        ("dbrec", ctypes.c_void_p),
-        ("cqe_cnt", ctypes.c_uint32),
-        ("cqe_size", ctypes.c_uint32),
-        ("cq_uar", ctypes.c_void_p),
-        ("cqn", ctypes.c_uint32),
-        ("comp_mask", ctypes.c_uint64),
-    ]
-
-
-class _DvObj(ctypes.Structure):  # struct mlx5dv_obj: in and out pointers of qp, cq, srq, rwq, dm, ah, pd
-    _fields_ = [("pointers", ctypes.c_void_p * 14)]
-
-
-def _module(name: str, needed: str) -> ModuleType:
+def _load_calls() -> ModuleType | None:
+    """The compiled part, registered with XLA; None where it was not built."""
     try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(f"gda channels need {needed}; {name} cannot be imported ({error})") from error
+        calls = importlib.import_module("lamina_jax._gda_calls")
+    except ModuleNotFoundError:
+        return None
+    jax.ffi.register_ffi_target(SEND, calls.send_handler(), platform="CUDA")
+    jax.ffi.register_ffi_target(RECV, calls.recv_handler(), platform="CUDA")
+    for tag in Tag:
+        calls.name_tag(int(tag), tag.label)
+    return calls
 
 
-def _library(name: str) -> ctypes.CDLL:
-    try:
-        return ctypes.CDLL(name, use_errno=True)
-    except OSError as error:
-        raise ImportError(f"gda channels need rdma-core's {name} (Debian: ibverbs-providers): {error}") from error
+_calls = _load_calls()
 
 
-def _calls() -> Any:
-    return _module("lamina_jax._gda_calls", "lamina_jax built where nvcc is found")
+class _Location(msgspec.Struct, frozen=True, kw_only=True):
+    """What `ChannelAddress.location` holds, as JSON: the way to one end."""
+
+    link: LinkAddress
+    region: RegionAddress
 
 
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
+class GdaChannel(Channel):
+    """A ring in the memory of two GPUs that their NICs write to, over a connection of its own.
 
+    Both ends have to know each other's queue pair and memory, so the creator connects to the other's `answer`.
 
-def _log2(value: int, name: str) -> int:
-    _require(value > 0 and value & (value - 1) == 0, f"{name} must be a power of two, got {value}")
-    return value.bit_length() - 1
-
-
-class Link:
-    """A reliable connection of one GPU to one peer, over one queue pair of one port of an mlx5 NIC.
-
-    Raises:
-        ImportError: pyverbs, rdma-core or the CUDA build of the custom calls is missing.
-        ValueError: An argument is out of range, or the port's GID index has no address.
-        OSError: The NIC refuses.
+    As with every channel of a GPU, failures of a program are known after it has run (`failure`). A writer learns of a
+    dead peer from its NIC about half a second after it next sends; a reader does not before `timeout_s`, as nothing
+    arrives either way: whoever watches the processes aborts it.
     """
 
-    def __init__(self, *, device: str, gpu: int, port: int = 1, gid_index: int = 3, num_wqes: int = 1024):
-        _require(gpu >= 0, f"gpu must be CUDA's number of a GPU, got {gpu}")
-        _require(port >= 1, f"port counts from 1, got {port}")
-        _require(gid_index >= 0, f"gid_index must not be negative, got {gid_index}")
-        log_wqes = _log2(num_wqes, "num_wqes")
-        _require(4 <= log_wqes <= MAX_LOG_WQES, f"num_wqes must be 16 to {1 << MAX_LOG_WQES}, got {num_wqes}")
-        self.gpu, self._port, self._gid_index = gpu, port, gid_index
-        self._calls = _calls()
-        self._context = _module("pyverbs.device", "the package pyverbs").Context(name=device)
-        self.pd = _module("pyverbs.pd", "the package pyverbs").PD(self._context)
-        self._verbs, self._mlx5 = _library("libibverbs.so.1"), _library("libmlx5.so.1")
-        for name in ("ibv_create_cq", "ibv_create_qp"):
-            getattr(self._verbs, name).restype = ctypes.c_void_p
-        self._cq = self._create_cq(num_wqes)
-        self._qp = self._create_qp(num_wqes)
-        self._psn = int.from_bytes(os.urandom(3), "little")
-        self.queue = self._describe_queue()
-
-    def _create_cq(self, num_wqes: int) -> int:
-        # The first field of struct ibv_pd is the context.
-        context = ctypes.cast(self.pd.pd, ctypes.POINTER(ctypes.c_void_p))[0]
-        cq = self._verbs.ibv_create_cq(ctypes.c_void_p(context), num_wqes, None, None, 0)
-        return self._made(cq, f"ibv_create_cq of {num_wqes} entries")
-
-    def _create_qp(self, num_wqes: int) -> int:
-        attr = _QpInitAttr(send_cq=self._cq, recv_cq=self._cq, qp_type=_RC, sq_sig_all=0)
-        # One segment of data, or 8 bytes inline, make a WQE of one 64-byte block.
-        attr.cap = _Cap(max_send_wr=num_wqes, max_recv_wr=1, max_send_sge=1, max_recv_sge=1, max_inline_data=8)
-        qp = self._verbs.ibv_create_qp(ctypes.c_void_p(self.pd.pd), ctypes.byref(attr))
-        return self._made(qp, f"ibv_create_qp with {num_wqes} WQEs")
-
-    @staticmethod
-    def _made(pointer: int | None, what: str) -> int:
-        if not pointer:
-            error = ctypes.get_errno()
-            raise OSError(error, f"{what} failed: {os.strerror(error)}")
-        return pointer
-
-    def _describe_queue(self) -> Any:
-        dv_qp, dv_cq, obj = _DvQp(), _DvCq(), _DvObj()
-        obj.pointers[0], obj.pointers[1] = self._qp, ctypes.addressof(dv_qp)
-        obj.pointers[2], obj.pointers[3] = self._cq, ctypes.addressof(dv_cq)
-        error = self._mlx5.mlx5dv_init_obj(ctypes.byref(obj), ctypes.c_uint64(_OBJ_QP | _OBJ_CQ))
-        if error:
-            raise OSError(error, "mlx5dv_init_obj failed: is the device an mlx5 NIC?")
-        _require(dv_cq.cqe_size == 64, f"expected completions of 64 bytes, got {dv_cq.cqe_size}; unset MLX5_CQE_SIZE")
-        _require(dv_qp.sq.stride == 64, f"expected a send queue of 64-byte blocks, got {dv_qp.sq.stride}")
-        return self._calls.GpuQueue.make(
-            device=self.gpu,
-            wqes=dv_qp.sq.buf,
-            log_num_wqes=_log2(dv_qp.sq.wqe_cnt, "the number of WQEs of the driver"),
-            record=dv_qp.dbrec,
-            doorbell=dv_qp.bf_reg,
-            cqes=dv_cq.buf,
-            log_num_cqes=_log2(dv_cq.cqe_cnt, "the number of CQEs of the driver"),
-            cq_record=dv_cq.dbrec,
-            qpn=ctypes.cast(self._qp, ctypes.POINTER(_QpHead)).contents.qp_num,
-        )
-
-    @property
-    def address(self) -> LinkAddress:
-        """What the peer passes to `connect`."""
-        port = self._context.query_port(self._port)
-        gid = ipaddress.IPv6Address(self._context.query_gid(self._port, self._gid_index).gid).packed
-        if port.link_layer == _ETHERNET and not any(gid):
-            raise ValueError(f"GID index {self._gid_index} of port {self._port} has no address; see `show_gids`")
-        qpn = ctypes.cast(self._qp, ctypes.POINTER(_QpHead)).contents.qp_num
-        return LinkAddress(qpn=qpn, psn=self._psn, lid=port.lid, gid=gid, mtu=int(port.active_mtu))
-
-    def connect(self, peer: LinkAddress) -> None:
-        """Makes the connection; the peer must do the same with this link's address."""
-        attr = _QpAttr(qp_state=_INIT, port_num=self._port, qp_access_flags=_LOCAL_WRITE | _REMOTE_WRITE)
-        self._modify(attr, _MASK_INIT, "INIT")
-        own = self.address
-        attr.qp_state, attr.path_mtu = _RTR, min(own.mtu, peer.mtu)
-        attr.dest_qp_num, attr.rq_psn, attr.min_rnr_timer, attr.max_dest_rd_atomic = peer.qpn, peer.psn, 12, 1
-        attr.ah_attr.dlid, attr.ah_attr.port_num, attr.ah_attr.is_global = peer.lid, self._port, int(any(peer.gid))
-        attr.ah_attr.grh.sgid_index, attr.ah_attr.grh.hop_limit = self._gid_index, 64
-        ctypes.memmove(ctypes.addressof(attr.ah_attr.grh), peer.gid, 16)
-        self._modify(attr, _MASK_RTR, "RTR")
-        # A retry after 4.096 us * 2^14 = 67 ms, seven times: half a second until a dead peer is an error.
-        attr.qp_state, attr.sq_psn, attr.timeout, attr.retry_cnt, attr.rnr_retry = _RTS, own.psn, 14, 7, 7
-        attr.max_rd_atomic = 1
-        self._modify(attr, _MASK_RTS, "RTS")
-
-    def _modify(self, attr: _QpAttr, mask: int, state: str) -> None:
-        error = self._verbs.ibv_modify_qp(ctypes.c_void_p(self._qp), ctypes.byref(attr), mask)
-        if error:
-            raise OSError(error, f"the queue pair does not become {state}: {os.strerror(error)}")
-
-    def close(self) -> None:
-        """Ends the connection. Close the ends on it first."""
-        self.queue = None
-        self._verbs.ibv_destroy_qp(ctypes.c_void_p(self._qp))
-        self._verbs.ibv_destroy_cq(ctypes.c_void_p(self._cq))
-        self.pd.close()
-        self._context.close()
-
-
-class GdaEnd:
-    """One end of a channel over a `Link`: a ring in GPU memory that the peer's NIC writes to.
-
-    `id` is what programs name in the attribute `channels` of the custom calls lamina_gda_send and lamina_gda_recv.
-
-    Args:
-        link: The connection to the peer.
-        role: The end to take.
-        peer: What errors call the other end.
-        num_slots: Messages in flight before a send waits; the same at both ends.
-        slot_bytes: Bytes of tensors per slot, a multiple of 64 below 2 GB; the same at both ends.
-        timeout_s: Seconds that one send or recv waits at most.
-
-    Raises:
-        ValueError: An argument is out of range.
-        RuntimeError: The GPU has no memory left, or does not order what the NIC writes.
-        OSError: The NIC cannot register GPU memory.
-    """
+    needs_answer = True
 
     def __init__(
-        self, link: Link, *, role: Role, peer: str, num_slots: int = 8, slot_bytes: int, timeout_s: float = 60.0
+        self, link: Link, end: GdaEnd, address: ChannelAddress, *, role: Role, peer: str, device: int, attached: bool
     ):
-        _require(num_slots >= 1, f"num_slots must be at least 1, got {num_slots}")
-        _require(
-            slot_bytes > 0 and slot_bytes % 64 == 0 and slot_bytes < (1 << 31) - 64,
-            f"slot_bytes must be a multiple of 64 below 2 GB, got {slot_bytes}",
-        )
-        _require(timeout_s > 0, f"timeout_s must be positive, got {timeout_s}")
-        self.role: Role = role
-        self.num_slots, self.slot_bytes = num_slots, slot_bytes
-        self._link = link
-        self._end = _calls().GpuEnd.make(
-            device=link.gpu,
-            writer=role == "writer",
+        super().__init__(
+            role=role,
             peer=peer,
-            num_slots=num_slots,
-            slot_bytes=slot_bytes,
-            timeout_s=timeout_s,
+            num_slots=address.num_slots,
+            slot_bytes=address.slot_bytes,
+            device=device,
+            attached=attached,
         )
-        self._memory_region, self._nic_address = self._register()
+        self._link = link
+        self._end = end
+        self._address = address
+        self._closing = threading.Lock()
+        self._closed = False
 
-    def _register(self) -> tuple[Any, int]:
-        """The memory region, and the address by which the NIC knows its start.
+    @classmethod
+    def create(
+        cls,
+        *,
+        role: Role,
+        peer: str,
+        messages: Sequence[MessageSpec],
+        num_slots: int = 8,
+        slot_bytes: int | None = None,
+        timeout_s: float = 60.0,
+        device: int = 0,
+        nic: str | None = None,
+    ) -> "GdaChannel":
+        """Makes the ring and one end of the connection; see `Channel.create`.
 
-        As a dmabuf where kernel and driver have it, else by address, which needs the kernel module nvidia-peermem.
+        Args:
+            role: The end to take.
+            peer: What errors call the other end.
+            messages: Every message that will travel.
+            num_slots: Messages in flight before a send waits.
+            slot_bytes: Bytes of tensors per slot, below 2 GB; None takes the largest of `messages`.
+            timeout_s: Seconds that one send or recv waits at most.
+            device: CUDA's number of the GPU whose programs will operate this end.
+            nic: The NIC to use, e.g. "mlx5_0"; None takes the one nearest to the GPU.
+
+        Raises:
+            OSError: GPU, NIC, pyverbs or the build with CUDA is missing, or one of them refuses.
+            ValueError: A message does not fit, or an argument is out of range.
         """
-        mr = _module("pyverbs.mr", "the package pyverbs")
-        access = _LOCAL_WRITE | _REMOTE_WRITE
-        with _exported(self._end) as fd:
-            if fd < 0:
-                by_address = mr.MR(self._link.pd, self._end.region_bytes, access, address=self._end.region)
-                return by_address, self._end.region
-            # pyverbs gives a dmabuf's memory region the I/O address of its offset, which is 0.
-            return mr.DmaBufMR(self._link.pd, self._end.region_bytes, access, dmabuf=fd), 0
+        require_wait(timeout_s)
+        room = slot_room(messages, num_slots=num_slots, slot_bytes=slot_bytes)
+        with _opened(device, nic, role=role, peer=peer, num_slots=num_slots, slot_bytes=room, timeout_s=timeout_s) as (
+            link,
+            end,
+        ):
+            address = ChannelAddress(
+                kind=KIND, location=_located(link, end), num_slots=num_slots, slot_bytes=room, creator_role=role
+            )
+        return cls(link, end, address, role=role, peer=peer, device=device, attached=False)
+
+    @classmethod
+    def attach(
+        cls,
+        address: ChannelAddress,
+        *,
+        role: Role,
+        peer: str,
+        timeout_s: float = 60.0,
+        device: int = 0,
+        nic: str | None = None,
+    ) -> "GdaChannel":
+        """Takes the free end, for the GPU `device`; see `create` and `Channel.attach`."""
+        require_kind(address, KIND)
+        require_wait(timeout_s)
+        there = _parsed(address, peer)
+        sizes = {"num_slots": address.num_slots, "slot_bytes": address.slot_bytes}
+        with _opened(device, nic, role=role, peer=peer, timeout_s=timeout_s, **sizes) as (link, end):
+            link.connect(there.link)
+            end.connect(there.region)
+        return cls(link, end, address, role=role, peer=peer, device=device, attached=True)
 
     @property
-    def address(self) -> RegionAddress:
-        """What the peer passes to `connect`."""
-        return RegionAddress(
-            region=self._nic_address,
-            rkey=self._memory_region.rkey,
-            num_slots=self.num_slots,
-            slot_bytes=self.slot_bytes,
-            role=self.role,
-        )
+    def address(self) -> ChannelAddress:
+        return self._address
 
-    def connect(self, peer: RegionAddress) -> None:
-        """Names the memory of the other end. Raises ValueError if that is not the other end of such a ring."""
-        own = self.address
-        _require(peer.role != own.role, f"expected the other end of the channel, got another {peer.role}")
-        for name in ("num_slots", "slot_bytes"):
-            mine, theirs = getattr(own, name), getattr(peer, name)
-            _require(mine == theirs, f"the ends differ in {name}: expected {mine}, got {theirs}")
-        self._end.connect(
-            queue=self._link.queue,
-            nic_address=self._nic_address,
-            lkey=self._memory_region.lkey,
-            peer_region=peer.region,
-            peer_rkey=peer.rkey,
-        )
+    @property
+    def answer(self) -> ChannelAddress | None:
+        if self._address.creator_role == self.role:
+            return None
+        return msgspec.structs.replace(self._address, location=_located(self._link, self._end))
+
+    def _connect(self, answer: ChannelAddress) -> None:
+        there = _parsed(answer, self.peer)
+        with _refusals():
+            self._link.connect(there.link)
+            self._end.connect(there.region)
 
     @property
     def id(self) -> int:
         return self._end.id
 
     @property
+    def targets(self) -> dict[Literal["send", "recv"], str]:
+        return {"send": SEND, "recv": RECV}
+
+    @property
+    def peer_pid(self) -> None:
+        return None
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
     def failure(self) -> str | None:
-        """The first failure of this end, in words, or None."""
-        return self._end.failure or None
+        return self._end.failure
 
     def abort(self) -> None:
-        """Makes every operation of both ends fail, those that wait now and all later ones."""
         self._end.abort()
 
     def close(self) -> None:
-        """Gives the end up. The peer may still receive what was sent."""
-        self._end.close()
-        self._memory_region.close()
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+            self._end.close()
+            self._link.close()
 
 
-@contextmanager
-def _exported(end: Any) -> Iterator[int]:
-    fd = end.export_dmabuf()
+@contextlib.contextmanager
+def _opened(
+    device: int,
+    nic: str | None,
+    *,
+    role: Role,
+    peer: str,
+    num_slots: int,
+    slot_bytes: int,
+    timeout_s: float,
+) -> Iterator[tuple[Link, GdaEnd]]:
+    """A connection and the end on it, which are closed again if what is done with them fails."""
+    with _refusals(), contextlib.ExitStack() as undo:
+        port = choose_port(_bus_id(device), nic=nic)
+        link = Link(device=port.nic, gpu=device, port=port.port, gid_index=port.gid_index)
+        undo.callback(link.close)
+        end = GdaEnd(link, role=role, peer=peer, num_slots=num_slots, slot_bytes=slot_bytes, timeout_s=timeout_s)
+        undo.callback(end.close)
+        yield link, end
+        undo.pop_all()
+
+
+def _bus_id(device: int) -> str:
+    if _calls is None:
+        raise OSError(
+            errno.ENODEV,
+            "gda needs the custom calls of CUDA, which this installation lacks as it was built without nvcc: install "
+            "again where nvcc is on the PATH",
+        )
+    return _calls.pci_bus_id(device)
+
+
+def _located(link: Link, end: GdaEnd) -> str:
+    return msgspec.json.encode(_Location(link=link.address, region=end.address)).decode()
+
+
+def _parsed(address: ChannelAddress, peer: str) -> _Location:
     try:
-        yield fd
-    finally:
-        if fd >= 0:
-            os.close(fd)
+        return msgspec.json.decode(address.location, type=_Location)
+    except msgspec.DecodeError as error:
+        raise ValueError(
+            f"expected how to reach {peer}'s end of a gda channel, got {address.location!r}: {error}"
+        ) from None
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """What is missing, and what CUDA or rdma-core refuses, is an OSError, as with every other kind of channel."""
+    try:
+        with cuda.cuda_errors():
+            yield
+    except ImportError as error:
+        raise OSError(errno.ENODEV, str(error)) from error
+    except Exception as error:
+        # pyverbs may not be there to name its exceptions, which share no base with Python's own.
+        if not type(error).__module__.startswith("pyverbs"):
+            raise
+        raise OSError(getattr(error, "error_code", errno.EIO), f"gda: {error}") from error

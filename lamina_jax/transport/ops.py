@@ -51,8 +51,8 @@ def send(channels: Sequence[Channel], stamp: Stamp, tensors: Sequence[Array], *,
         results nobody uses.
 
     Raises:
-        ValueError: When traced: wrong end, closed channel, a dtype that does not travel, too large a message, or
-            channels that do not go together.
+        ValueError: When traced: wrong end, closed or not connected channel, a dtype that does not travel, too large a
+            message, or channels that do not go together.
         jax.errors.JaxRuntimeError: When run: the stamp's batch has no channel, or it failed (`error()` says how).
     """
     _check(channels, "writer", stamp, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in tensors], tag)
@@ -76,8 +76,8 @@ def recv(
         The tensors, and the stamp to pass to the next operation.
 
     Raises:
-        ValueError: When traced: wrong end, closed channel, a dtype that does not travel, too large a message, or
-            channels that do not go together.
+        ValueError: When traced: wrong end, closed or not connected channel, a dtype that does not travel, too large a
+            message, or channels that do not go together.
         jax.errors.JaxRuntimeError: When run: the stamp's batch has no channel, or it failed (`error()` says how).
     """
     _check(channels, "reader", stamp, specs, tag)
@@ -126,6 +126,10 @@ def _check(
 def _check_channel(channel: Channel, role: Role, message: MessageSpec) -> None:
     if channel.closed:
         raise ValueError(f"the channel to {channel.peer} is closed; make a new one")
+    if not channel.connected:
+        raise ValueError(
+            f"the channel to {channel.peer} is not connected: pass what the other end has as its answer to connect()"
+        )
     if channel.role != role:
         raise ValueError(f"expected the {role}'s end of the channel, got the {channel.role}'s (peer {channel.peer})")
     message.require_fits(channel.slot_bytes)

@@ -6,7 +6,16 @@ from typing import Literal
 import jax
 
 from lamina_jax import _custom_calls
-from lamina_jax.transport.base import Channel, ChannelAddress, MessageSpec, Role, Tag, require_wait, slot_room
+from lamina_jax.transport.base import (
+    Channel,
+    ChannelAddress,
+    MessageSpec,
+    Role,
+    Tag,
+    require_kind,
+    require_wait,
+    slot_room,
+)
 
 DEFAULT_SPIN_US = 50.0
 
@@ -92,8 +101,7 @@ class ShmChannel(Channel):
         spin_us: float = DEFAULT_SPIN_US,
     ) -> "ShmChannel":
         """Takes the free end of the ring at `address`; see `Channel.attach`."""
-        if address.kind != "shm":
-            raise ValueError(f"expected an address of kind 'shm', got {address.kind!r}")
+        require_kind(address, "shm")
         require_wait(timeout_s, spin_us)
         handle = _custom_calls.ShmHandle.attach(
             writer=role == "writer",

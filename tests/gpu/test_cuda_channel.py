@@ -45,7 +45,9 @@ class Sides:
         """The numbers of both ends; `role` is that of the first."""
         options = {"slot_bytes": 1 << 20, "num_slots": 4, "timeout_s": 30.0, "device": 0} | options
         mine, address = self.gpu.create(self.kind, role, **options)
-        return mine, self.other.attach(address)
+        theirs = self.other.attach(address)
+        self.gpu.do("connect", mine, self.other.do("answer", theirs))
+        return mine, theirs
 
 
 def _sides(kind: str, name: str) -> Iterator[Sides]:

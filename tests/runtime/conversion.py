@@ -67,6 +67,7 @@ def convert(config: ModelConfig) -> dict[str, float]:
     """
     pool = mock.create_autospec(AttentionWorkerPool, instance=True)
     pool.names.return_value = [f"attention worker {i}" for i in range(8)]
+    pool.configure.return_value = [(None,) * 4] * 8  # inboxes and outboxes of two batches
     start = time.process_time()
     executor = Weightless(
         Model(*abstract(config, "bfloat16")),

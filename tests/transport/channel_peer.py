@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 
+import answering
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,8 +31,10 @@ from lamina_jax.transport import (
 
 DTYPES = ("bfloat16", "float16", "float32", "int32")
 LIMIT_S = 60.0  # what no answer of a healthy peer takes
-ON_CPU: dict[str, dict] = {"shm": {}, "cuda_host": {"device": None}}
+ON_CPU: dict[str, dict] = {"shm": {}, "cuda_host": {"device": None}, answering.KIND: {}}
 """The kinds whose ends a CPU can operate both, and what `create` has to be told for it."""
+
+answering.register()
 
 
 def create(kind: str, **options) -> Channel:
@@ -179,6 +182,12 @@ class Peer:
         self.do("attach", number, address, role, options)
         return number
 
+    def join_to(self, channel: Channel, **options) -> int:
+        """Lets the peer take the free end of a channel that this process made, and connects; as `attach`."""
+        number = self.attach(channel.address, **options)
+        channel.connect(self.do("answer", number))
+        return number
+
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
@@ -216,6 +225,12 @@ class _Orders:
         channel = create(kind, role=role, peer="the test", messages=[], **options)
         self._channels[number] = channel
         return channel.address
+
+    def answer(self, number: int) -> ChannelAddress | None:
+        return self._channels[number].answer
+
+    def connect(self, number: int, answer: ChannelAddress | None) -> None:
+        self._channels[number].connect(answer)
 
     def send(self, number: int, programs: Sequence[Sequence[Mail]], stalls_ms: Sequence[int]) -> None:
         for mails, stall_ms in zip(programs, stalls_ms, strict=True):

@@ -46,7 +46,7 @@ def connect(kind: str) -> Iterator[Callable[..., Ends]]:
         options = {"messages": [], "slot_bytes": 4096, "num_slots": 4, "timeout_s": 30.0} | options
         mine = create(kind, role=role, peer="the peer", **options)
         made.append(mine)
-        return Ends(mine, peer.attach(mine.address), mine.address)
+        return Ends(mine, peer.join_to(mine), mine.address)
 
     yield connect
     for channel in made:

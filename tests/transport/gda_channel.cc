@@ -301,6 +301,34 @@ void LinkDown(bool use_proxy) {
   CheckClean(world);
 }
 
+// After a close the NIC is done with everything, however late it completes; a broken link does not hold it up.
+void ClosesOnceDelivered(bool use_proxy) {
+  World world({.seed = 5, .use_proxy = use_proxy});
+  Channel& channel = world.AddChannel(8, 64);
+  world.Start();
+  SendMany(channel.writer, 8, 64);
+  char data[64] = {};
+  const Stamp stamp = {{9, 0, 0}};
+  Stamp out{};
+  const Call later = MakeCall({&channel.writer.end}, 1, stamp, out, {{data, 64}});
+  StopEnd(channel.writer.end, kStopClosed);
+  if (use_proxy) Check(world.a.proxy_thread->Settle(cuda::NowNs() + 60'000'000'000), "the proxy has settled");
+  Check(world.a.nic.writes() == 17 && world.a.state.completed == 17, "8 messages and the word that says so are there");
+  RecvMany(channel.reader, 8, 64);
+  CheckEqual(channel.reader.failure(), "");
+  RecvOne(channel.reader, {{8, 0, 0}}, {{data, 64}});
+  CheckEqual(channel.reader.failure(),
+             "recv of 'kv' (step 8, layer 0, batch 0) from the writer failed: the peer has closed the channel");
+  // A kernel that starts later finds the end shut, and touches nothing.
+  Send(later, Block{});
+  Check(world.a.nic.writes() == 17 && channel.writer.record.reason == 0, "a closed end sends nothing");
+  world.b.nic.SetLink(nic_model::Link::kDown);
+  const std::uint64_t before = cuda::NowNs();
+  StopEnd(channel.reader.end, kStopClosed);
+  Check(cuda::NowNs() - before < 60'000'000'000, "closing over a broken link ends");
+  CheckClean(world);
+}
+
 void BadKeys() {
   for (const bool remote : {true, false}) {
     World world;
@@ -359,11 +387,13 @@ int main(int argc, char** argv) {
                    {"blocks", Blocks},
                    {"shared_queue", [] { SharedQueue(false); }},
                    {"link_down", [] { LinkDown(false); }},
+                   {"closes_once_delivered", [] { ClosesOnceDelivered(false); }},
                    {"bad_keys", BadKeys},
                    {"credit_fails", CreditFails},
                    {"stalled", Stalled},
                    {"proxy_order", [] { Order(true); }},
                    {"proxy_shared_queue", [] { SharedQueue(true); }},
-                   {"proxy_link_down", [] { LinkDown(true); }}},
+                   {"proxy_link_down", [] { LinkDown(true); }},
+                   {"proxy_closes_once_delivered", [] { ClosesOnceDelivered(true); }}},
                   argc, argv);
 }

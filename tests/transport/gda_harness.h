@@ -17,10 +17,13 @@
 #include "gda_failure.h"
 #include "gda_proxy_thread.h"
 #include "nic_model/nic.h"
+#include "operations.h"
 
 namespace lamina::gda_test {
 
 using namespace lamina::cuda::gda;
+using lamina::cuda::FailureRecord;
+using lamina::cuda::Reason;
 using nic_model::Nic;
 
 // Of waits that should succeed; less where failures are what is expected.

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cuda/operations.h"
+#include "cuda/transport.h"
 #include "shm_channel.h"
 
 namespace {

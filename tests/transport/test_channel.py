@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import pytest
 from channel_peer import DTYPES, LIMIT_S, Mail, create, echo, ping, recv_all, running_peer, send_all
@@ -86,7 +87,7 @@ def test_any_traffic_arrives_in_order(kind, peer, traffic, we_send):
     messages = [MessageSpec(mail.tag, tuple(mail.specs)) for mail in mails]
     options = {"peer": "the peer", "messages": messages, "num_slots": num_slots, "timeout_s": 30.0}
     with create(kind, role="writer" if we_send else "reader", **options) as mine:
-        theirs = peer.attach(mine.address)
+        theirs = peer.join_to(mine)
         if we_send:
             peer.start("recv", theirs, received, recv_stalls)
             for program, stall_ms in zip(sent, send_stalls, strict=True):
@@ -153,6 +154,8 @@ def test_four_processes_share_two_cores(kind, connect, peer):
         options = {"slot_bytes": 4096, "num_slots": 4}
         addresses = [second.do("create", 100 + i, kind, role, options) for i, role in enumerate(("writer", "reader"))]
         theirs = [third.attach(address) for address in addresses]
+        for i, number in enumerate(theirs):
+            second.do("connect", 100 + i, third.do("answer", number))
         peer.start("echo", there.theirs, back.theirs, mail, 300)
         third.start("echo", *theirs, mail, 300)
         second.start("ping", 100, 101, mail, 300)
@@ -209,11 +212,11 @@ def test_channels_of_the_batches_go_together(connect, peer, kind):
         send([], stamp, [], tag=Tag.Q)
     with pytest.raises(ValueError, match="expected the writer's end of the channel, got the reader's"):
         send([there.mine, back.mine], stamp, [], tag=Tag.Q)
-    with (
-        create(kind, role="writer", peer="a stranger", messages=[]) as stray,
-        pytest.raises(ValueError, match=r"to have one peer, got a stranger \(.*\), the peer \("),
-    ):
-        send([there.mine, stray], stamp, [], tag=Tag.Q)
+    stray = create(kind, role="writer", peer="a stranger", messages=[])
+    with stray, attach(stray.address, role="reader", peer="the test") as other:
+        stray.connect(other.answer)
+        with pytest.raises(ValueError, match=r"to have one peer, got a stranger \(.*\), the peer \("):
+            send([there.mine, stray], stamp, [], tag=Tag.Q)
 
 
 @pytest.fixture
@@ -308,6 +311,10 @@ def test_full_ring_is_a_deadline_error(connect, peer):
 def test_peer_that_never_attaches_is_a_deadline_error(kind):
     with create(kind, role="reader", peer="nobody", messages=[], timeout_s=0.1) as channel:
         assert channel.peer_pid is None
+        if channel.needs_answer:
+            with pytest.raises(ValueError, match=r"the channel to nobody is not connected: pass .* to connect"):
+                recv([channel], make_stamp(0), [], tag=Tag.Q)
+            return
         with pytest.raises(FAILS, match=r"from nobody \(not attached yet\) failed: no message came"):
             recv_all([channel], [Mail()])
 
@@ -417,6 +424,39 @@ def test_closed_channel(connect, peer):
         recv([back.mine], make_stamp(0), [], tag=Tag.Q)
     with pytest.raises(FAILS, match=r"ABORTED: recv of 'q' .*: this side has closed the channel"):
         jax.block_until_ready(program(make_stamp(0)))
+
+
+def test_connecting_without_need(kind):
+    """Who handles channels of any kind connects all of them: without an answer if there is none."""
+    mine = create(kind, role="writer", peer="the peer", messages=[])
+    with mine, attach(mine.address, role="reader", peer="the creator") as other:
+        assert (mine.answer, mine.connected, other.connected) == (None, not mine.needs_answer, True)
+        assert (other.answer is not None) == mine.needs_answer
+        mine.connect(other.answer)
+        assert mine.connected
+        with pytest.raises(ValueError, match=r"connected already|expected no answer of the peer"):
+            mine.connect(mine.address)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"kind": "shm"}, "expected kind 'answering', got 'shm'"),
+        ({"num_slots": 7}, "expected num_slots 8, got 7"),
+        ({"slot_bytes": 128}, "expected slot_bytes 64, got 128"),
+        ({"creator_role": "reader"}, "expected creator_role 'writer', got 'reader'"),
+        ({"location": "what?"}, "the peer answered 'what\\?' to the challenge"),
+    ],
+)
+def test_answer_of_another_channel(changed, message):
+    mine = create("answering", role="writer", peer="the peer", messages=[])
+    with mine, attach(mine.address, role="reader", peer="the creator") as other:
+        right = other.answer
+        assert right is not None
+        with pytest.raises(ValueError, match=message):
+            mine.connect(msgspec.structs.replace(right, **changed))
+        assert not mine.connected
+        mine.connect(right)
 
 
 def test_both_ends_know_each_other(connect, mortal_peer):

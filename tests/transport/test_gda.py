@@ -27,12 +27,14 @@ CHANNEL_CASES = [
     "blocks",
     "shared_queue",
     "link_down",
+    "closes_once_delivered",
     "bad_keys",
     "credit_fails",
     "stalled",
     "proxy_order",
     "proxy_shared_queue",
     "proxy_link_down",
+    "proxy_closes_once_delivered",
 ]
 NIC_CASES = [
     "good_one",
@@ -193,7 +195,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the payload is read without acquiring it",
-        "gda_channel.h",
+        "waiting.h",
         "LoadAcquireSystem(published) != before",
         "LoadRelaxedSystem(published) != before",
     ),

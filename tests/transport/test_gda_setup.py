@@ -7,39 +7,39 @@ from typing import Any
 
 import pytest
 
-from lamina_jax.transport import gda
+from lamina_jax.transport import gda_link
 
 HEADERS = "#include <cstddef>\n#include <cstdio>\n#include <infiniband/mlx5dv.h>\n"
 
 STRUCTURES = {
-    "ibv_qp_cap": gda._Cap,
-    "ibv_qp_init_attr": gda._QpInitAttr,
-    "ibv_global_route": gda._GlobalRoute,
-    "ibv_ah_attr": gda._AhAttr,
-    "ibv_qp_attr": gda._QpAttr,
-    "ibv_qp": gda._QpHead,
-    "mlx5dv_qp": gda._DvQp,
-    "mlx5dv_cq": gda._DvCq,
+    "ibv_qp_cap": gda_link._Cap,
+    "ibv_qp_init_attr": gda_link._QpInitAttr,
+    "ibv_global_route": gda_link._GlobalRoute,
+    "ibv_ah_attr": gda_link._AhAttr,
+    "ibv_qp_attr": gda_link._QpAttr,
+    "ibv_qp": gda_link._QpHead,
+    "mlx5dv_qp": gda_link._DvQp,
+    "mlx5dv_cq": gda_link._DvCq,
 }
 # Fields whose names are a path in C.
 PATHS = {"bf_reg": "bf.reg", "bf_size": "bf.size"}
 
 CONSTANTS = {
-    "IBV_QPT_RC": gda._RC,
-    "IBV_QPS_INIT": gda._INIT,
-    "IBV_QPS_RTR": gda._RTR,
-    "IBV_QPS_RTS": gda._RTS,
-    "IBV_LINK_LAYER_ETHERNET": gda._ETHERNET,
-    "IBV_ACCESS_LOCAL_WRITE": gda._LOCAL_WRITE,
-    "IBV_ACCESS_REMOTE_WRITE": gda._REMOTE_WRITE,
-    "MLX5DV_OBJ_QP": gda._OBJ_QP,
-    "MLX5DV_OBJ_CQ": gda._OBJ_CQ,
-    "IBV_QP_STATE | IBV_QP_ACCESS_FLAGS | IBV_QP_PKEY_INDEX | IBV_QP_PORT": gda._MASK_INIT,
+    "IBV_QPT_RC": gda_link._RC,
+    "IBV_QPS_INIT": gda_link._INIT,
+    "IBV_QPS_RTR": gda_link._RTR,
+    "IBV_QPS_RTS": gda_link._RTS,
+    "IBV_LINK_LAYER_ETHERNET": gda_link._ETHERNET,
+    "IBV_ACCESS_LOCAL_WRITE": gda_link._LOCAL_WRITE,
+    "IBV_ACCESS_REMOTE_WRITE": gda_link._REMOTE_WRITE,
+    "MLX5DV_OBJ_QP": gda_link._OBJ_QP,
+    "MLX5DV_OBJ_CQ": gda_link._OBJ_CQ,
+    "IBV_QP_STATE | IBV_QP_ACCESS_FLAGS | IBV_QP_PKEY_INDEX | IBV_QP_PORT": gda_link._MASK_INIT,
     "IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_RQ_PSN | IBV_QP_MIN_RNR_TIMER | IBV_QP_MAX_DEST_RD_ATOMIC"
-    " | IBV_QP_DEST_QPN": gda._MASK_RTR,
+    " | IBV_QP_DEST_QPN": gda_link._MASK_RTR,
     "IBV_QP_STATE | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_MAX_QP_RD_ATOMIC"
-    " | IBV_QP_SQ_PSN": gda._MASK_RTS,
-    "sizeof(mlx5dv_obj)": ctypes.sizeof(gda._DvObj),
+    " | IBV_QP_SQ_PSN": gda_link._MASK_RTS,
+    "sizeof(mlx5dv_obj)": ctypes.sizeof(gda_link._DvObj),
     "offsetof(mlx5dv_obj, cq)": 2 * ctypes.sizeof(ctypes.c_void_p),
 }
 
@@ -64,7 +64,7 @@ def headers() -> None:
 def test_structures_are_those_of_rdma_core(tmp_path):
     expected: dict[str, int] = dict(CONSTANTS)
     for name, structure in STRUCTURES.items():
-        if structure is not gda._QpHead:  # only the start of it
+        if structure is not gda_link._QpHead:  # only the start of it
             expected[f"sizeof({name})"] = ctypes.sizeof(structure)
         for field, *_ in structure._fields_:
             expected[f"offsetof({name}, {PATHS.get(field, field)})"] = getattr(structure, field).offset
@@ -84,7 +84,7 @@ def test_structures_are_those_of_rdma_core(tmp_path):
 )
 def test_link_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
-        gda.Link(**({"device": "mlx5_0", "gpu": 0} | arguments))
+        gda_link.Link(**({"device": "mlx5_0", "gpu": 0} | arguments))
 
 
 @pytest.mark.skipif(
@@ -93,7 +93,7 @@ def test_link_refuses(arguments, message):
 )
 def test_link_says_what_is_missing():
     with pytest.raises(ImportError, match=r"gda channels need .*(nvcc|pyverbs)"):
-        gda.Link(device="mlx5_0", gpu=0)
+        gda_link.Link(device="mlx5_0", gpu=0)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_link_says_what_is_missing():
     ],
 )
 def test_end_refuses(arguments, message):
-    link = object.__new__(gda.Link)  # arguments are looked at before the link is
+    link = object.__new__(gda_link.Link)  # arguments are looked at before the link is
     good: dict[str, Any] = {"role": "writer", "peer": "the peer", "slot_bytes": 64}
     with pytest.raises(ValueError, match=message):
-        gda.GdaEnd(link, **(good | arguments))
+        gda_link.GdaEnd(link, **(good | arguments))
