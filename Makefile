@@ -47,10 +47,10 @@ gpu-wheels:
 	du -sh $(GPU_WHEELS)
 
 gpu-test:
-	$(GPU_PYTHON) scripts/gpu_run.py test
+	$(GPU_PYTHON) scripts/gpu_run.py test $(GPU_OPTIONS)
 
 gpu-bench:
-	$(GPU_PYTHON) scripts/gpu_run.py bench $(GPU_BENCH_OPTIONS)
+	$(GPU_PYTHON) scripts/gpu_run.py bench $(GPU_OPTIONS)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -1,4 +1,4 @@
-"""Engines that decode with the cache already full, for benchmarks: planned steps as `LLM` runs them, without prompts."""
+"""Engines that decode with the cache already full, for benchmarks: steps planned as `LLM` does, without prompts."""
 
 import contextlib
 import dataclasses

@@ -1,10 +1,11 @@
 """Decoding on a GPU alone, and with attention on the CPUs of its host, while batch and context grow.
 
-    python benchmarks/gpu_decode.py [--models=llama3_2_1b,llama3_8b] [--cases=1x1024,64x8192] [--seconds=300] [--json=FILE]
+    python benchmarks/gpu_decode.py [--models=llama3_2_1b,llama3_8b] [--cases=1x1024,64x8192] [--json=FILE]
 
-Weights are random numbers made on the GPU; the cache is full from the start, since speed depends on what neither holds.
-Cases grow until the GPU alone is out of memory, which is a row too. A case of the split model is skipped if the host has
-no memory for its cache, and every case that would end after its model's share of the time, going by the one before.
+Weights are random numbers made on the GPU, and the cache is full from the start, since speed depends on neither.
+Cases grow until the GPU alone is out of memory, which is a row too. A case of the split model is skipped if the host
+has no memory for its cache, and every case that would end after its model's share of `--seconds`, going by the one
+before.
 
 * tokens/s: steps as `LLM` runs them, the host one step behind.
 * ms/step: steps dispatched at once, so that the device never waits for the host; "host ms" is what planning and

@@ -13,7 +13,6 @@ unsplit model keeps both.
 """
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import os

@@ -244,7 +244,7 @@ def install_missing() -> str:
     found = [wheels[_plain(name)] for name in missing if _plain(name) in wheels]
     nowhere = [name for name in missing if _plain(name) not in wheels]
     if found:
-        options = "--no-index --no-deps --no-compile --no-cache-dir --disable-pip-version-check --quiet".split()
+        options = ["--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--disable-pip-version-check"]
         ended = run_bounded(
             [sys.executable, "-m", "pip", "install", *options, "--target", str(SITE), *map(str, found)],
             log=LOGS / "packages.log",
@@ -256,7 +256,7 @@ def install_missing() -> str:
     # Others may be what only our versions of packages need.
     if needed := [name for name in nowhere if _plain(name) in bounds]:
         raise RuntimeError(
-            f"there is no {', '.join(needed)}, nor a wheel of it in {WHEELS.name}: run `make gpu-wheels`"
+            f"no {', '.join(needed)} here, nor a wheel in {WHEELS.name}: run `make gpu-wheels` elsewhere"
         )
     without = f"; without {', '.join(nowhere)}" if nowhere else ""
     return f"{len(found)} installed, {len(_listed()) - len(missing)} were there{without}"

@@ -96,8 +96,7 @@ class AttentionWorker:
         self._in_flight.append(self._stamps)
 
     def reap(self) -> None:
-        """Forgets the steps that have run. Raises the error of one that failed; on a GPU, where a step cannot fail, that
-        of the channel."""
+        """Forgets the steps that have run. Raises the error of one that failed; on a GPU only its channels tell."""
         while self._in_flight and self._in_flight[0].is_ready():
             self._in_flight.popleft().block_until_ready()
             if (failure := first_failure(self._channels)) is not None:
