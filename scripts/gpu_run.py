@@ -248,11 +248,12 @@ def install_missing() -> str:
         ended = run_bounded(
             [sys.executable, "-m", "pip", "install", *options, "--target", str(SITE), *map(str, found)],
             log=LOGS / "packages.log",
-            limit_s=90,
+            limit_s=150,
             environment={},
         )
         if ended.status != 0:
-            raise RuntimeError(f"pip ended with status {ended.status}: {ended.output[-1000:].strip()}")
+            how = "its time was up" if ended.status is None else f"status {ended.status}"
+            raise RuntimeError(f"pip: {how}: {ended.output[-1000:].strip()}")
     # Others may be what only our versions of packages need.
     if needed := [name for name in nowhere if _plain(name) in bounds]:
         raise RuntimeError(

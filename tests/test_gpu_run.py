@@ -9,15 +9,12 @@ import time
 import tomllib
 from pathlib import Path
 
+import gpu_run
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import gpu_run
-
 THERE = {"jax", "jaxlib", "numpy", "scipy", "ml-dtypes", "opt-einsum"}
 """What comes with the machine's JAX."""
 NOT_NEEDED = {"huggingface-hub"}

@@ -79,6 +79,7 @@ def test_every_device_has_its_part_of_the_weights(tmp_path):
         ({"model_platform": "tpu"}, "model_platform must be one of cpu, cuda, got 'tpu'"),
         ({"attention_platform": "cuda"}, "no channel from a model on cpu to attention on cuda"),
         ({"model_platform": "cuda"}, "JAX's default platform is 'cpu'.*JAX_PLATFORMS=cuda,cpu"),
+        ({"model_platform": "cuda", "num_batches": 3}, "context does not travel between GPUs yet; use at most 2"),
         ({"model_memory_fraction": 1.5}, "model_memory_fraction must be above 0 and at most 1"),
     ],
 )

@@ -64,6 +64,11 @@ class EngineConfig:
         check_platforms(self.model_platform, self.attention_platform)
         self._check_division()
         check_name(self.attention_kernel)
+        if self.model_platform == "cuda" and self.num_batches > 2:
+            raise ValueError(
+                f"num_batches is {self.num_batches}, which takes {self.num_batches - 1} replicas of the model, and "
+                "context does not travel between GPUs yet; use at most 2."
+            )
 
     def _check_division(self) -> None:
         if self.tensor_parallel_size == 1:

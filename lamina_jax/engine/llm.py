@@ -477,12 +477,12 @@ def _claim_gpus(config: EngineConfig) -> int:
     from lamina_jax.transport.cuda import cuda_device_count
 
     num_gpus = cuda_device_count()
-    fraction = config.model_memory_fraction
-    if fraction is None and num_gpus >= _num_model_gpus(config):
-        sharing = config.num_attention_workers if config.attention_platform == "cuda" else 0
-        fraction = model_memory_fraction(num_workers=sharing, num_model_gpus=_num_model_gpus(config), num_gpus=num_gpus)
-    if fraction is not None:
-        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{fraction:.3f}"
+    fraction = config.model_memory_fraction or model_memory_fraction(
+        num_workers=config.num_attention_workers if config.attention_platform == "cuda" else 0,
+        num_model_gpus=_num_model_gpus(config),
+        num_gpus=num_gpus,
+    )
+    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{fraction:.3f}"
     return num_gpus
 
 

@@ -103,8 +103,8 @@ def attention_environments(
 
 
 def model_memory_fraction(*, num_workers: int, num_model_gpus: int, num_gpus: int) -> float:
-    """Of the memory of its GPUs, what the model may take, if `num_workers` attention workers run on GPUs too."""
-    gpus = attention_gpus(num_workers, num_model_gpus=num_model_gpus, num_gpus=num_gpus)
+    """Of the memory of its GPUs, what the model may take where `num_workers` attention workers run on GPUs, too."""
+    gpus = attention_gpus(num_workers, num_model_gpus=num_model_gpus, num_gpus=num_gpus) if num_gpus else []
     return min(_fair_share(gpu, gpus, num_model_gpus) for gpu in range(num_model_gpus))
 
 

@@ -9,6 +9,14 @@ import pytest
 from lamina_jax.engine.interrupts import keeps_ctrl_c
 
 
+@pytest.fixture(autouse=True)
+def default_handler():
+    # Whoever started the tests in the background of a shell has them ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class PressesCtrlC:
     """Sends SIGINT to this process while it is being collected, where Python drops exceptions."""
 

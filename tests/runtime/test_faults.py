@@ -94,9 +94,13 @@ def test_worker_that_cannot_start_is_an_error(checkpoint, monkeypatch):
         LLM(checkpoint, num_attention_workers=1)
 
 
+# Whoever started the tests in the background of a shell has them, and what they start, ignore Ctrl-C.
+LISTENS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
+
 def run_script(body: str, checkpoint: Path) -> subprocess.Popen:
     """Starts a user's script: no `if __name__ == "__main__"`, and prints a line when it has begun."""
-    script = textwrap.dedent(body).replace("DIR", repr(str(checkpoint)))
+    script = LISTENS + textwrap.dedent(body).replace("DIR", repr(str(checkpoint)))
     return subprocess.Popen(
         [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

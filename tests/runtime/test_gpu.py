@@ -116,7 +116,6 @@ def test_float32_is_multiplied_as_float32(platform, dtype, precision):
         ({"attention_platform": "cuda", "num_attention_workers": 2}, 1, "0.300"),
         ({"attention_platform": "cuda"}, 2, "0.900"),
         ({"model_memory_fraction": 0.2}, 1, "0.200"),
-        ({}, 0, None),
     ],
 )
 def test_what_the_model_takes_of_its_gpu(monkeypatch, settings, num_gpus, fraction):
