@@ -8,8 +8,8 @@ custom calls into lamina_jax/, and runs one part after another, each in a proces
 costs the others nothing but the time that is theirs to give: each part is sure of some of it, and gets what those
 before it left over. What a part printed is in build/gpu/logs.
 
-Last comes a table, part | result | seconds. The status is 1 if a part failed, or if there is a GPU and a part of the
-tests made no use of it. This file imports nothing but the standard library.
+Last comes a table, part | result | seconds. The status is 1 if a part failed; where there is a GPU, a test that was
+skipped for want of one is a failure. This file imports nothing but the standard library.
 """
 
 import argparse
@@ -138,11 +138,11 @@ def _kill(process: subprocess.Popen) -> None:
 
 def judge(part: Part, ended: Ended, *, has_gpu: bool) -> Result:
     """What to say of a part that has ended."""
-    counts, detail = _counts(ended.output), ""
-    if part.tests:
-        detail = ", ".join(f"{n} {outcome.lower()}" for outcome, n in counts.items())
-        if reason := next((m["reason"] for m in map(_REASON.match, ended.output.splitlines()) if m), None):
-            detail += f" ({reason})"
+    counts = _counts(ended.output) if part.tests else {}
+    reasons = [found["reason"] for found in map(_REASON.match, ended.output.splitlines()) if found]
+    detail = ", ".join(f"{n} {outcome.lower()}" for outcome, n in counts.items())
+    if counts and reasons:
+        detail += f" ({reasons[0]})"
     if ended.status is None:
         where = f" in {test}" if (test := _last_started(ended.output)) else ""
         outcome, detail = FAILED, f"its time was up after {ended.seconds:.0f} s{where}; {detail or 'nothing done'}"
@@ -150,9 +150,11 @@ def judge(part: Part, ended: Ended, *, has_gpu: bool) -> Result:
         outcome, detail = FAILED, f"no test ran, status {ended.status}"
     elif ended.status != 0:
         outcome, detail = FAILED, detail or f"status {ended.status}"
+    elif has_gpu and any("GPU" in reason for reason in reasons):
+        # There is one, and something kept it from being tested.
+        outcome = FAILED
     elif part.tests and "PASSED" not in counts:
-        # A machine with a GPU on which nothing of it is tested is not a machine on which all is well.
-        outcome, detail = (FAILED if has_gpu else SKIPPED), detail
+        outcome = SKIPPED
     else:
         outcome = PASSED
     return Result(name=part.name, outcome=outcome, detail=detail, seconds=ended.seconds)

@@ -98,7 +98,9 @@ ONLY_SKIPPED = TEST_FILE.replace("def test_good", "@pytest.mark.skip(reason='nee
 @pytest.mark.parametrize(
     ("body", "has_gpu", "outcome", "detail"),
     [
-        (TEST_FILE, True, "passed", r"1 passed, 1 skipped \(needs a GPU\)"),
+        (TEST_FILE, False, "passed", r"1 passed, 1 skipped \(needs a GPU\)"),
+        (TEST_FILE, True, "FAILED", r"1 passed, 1 skipped \(needs a GPU\)"),
+        (TEST_FILE.replace("needs a GPU", "no"), True, "passed", r"1 passed, 1 skipped \(no\)"),
         (TEST_FILE + BAD, False, "FAILED", r"1 passed, 1 skipped, 1 failed \(needs a GPU\)"),
         (
             TEST_FILE + HANG,
