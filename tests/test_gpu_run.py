@@ -53,12 +53,13 @@ def part(name: str, body: str, **options) -> gpu_run.Part:
     return gpu_run.Part(name=name, command=[sys.executable, "-c", body], **{"sure_s": 5.0, **options})
 
 
-@pytest.fixture(autouse=True)
-def logs(tmp_path, monkeypatch):
+@pytest.fixture
+def in_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_run, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_run, "LOGS", tmp_path / "logs")
 
 
+@pytest.mark.usefixtures("in_folder")
 def test_neither_a_failure_nor_a_hang_hides_the_parts_behind_it(capfd):
     hang = (
         "import subprocess, time; subprocess.Popen(['sleep', '77.125']); print('waiting', flush=True); time.sleep(60)"
@@ -95,6 +96,7 @@ HANG = "\ndef test_hangs(): time.sleep(60)\n"
 ONLY_SKIPPED = TEST_FILE.replace("def test_good", "@pytest.mark.skip(reason='needs a GPU')\ndef test_good")
 
 
+@pytest.mark.usefixtures("in_folder")
 @pytest.mark.parametrize(
     ("body", "has_gpu", "outcome", "detail"),
     [
@@ -132,6 +134,7 @@ def test_table_comes_with_every_part(capfd):
     )
 
 
+@pytest.mark.usefixtures("in_folder")
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
     """Packages too old for us are installed like those that are not there; without wheels that is an error."""
     for name in ("requirements-gpu.txt", "pyproject.toml"):
@@ -153,6 +156,7 @@ def _real(name: str) -> str | None:
         return None
 
 
+@pytest.mark.usefixtures("in_folder")
 def test_no_gpu_is_no_error_and_a_gpu_that_jax_does_not_see_is(tmp_path, monkeypatch):
     (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
     monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))

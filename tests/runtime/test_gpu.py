@@ -96,7 +96,7 @@ def test_whole_model_is_compiled_with_the_options_of_its_device(checkpoint, monk
     monkeypatch.setattr(executor, "compiler_options", options)
     with LLM(checkpoint, num_attention_workers=0) as llm, pytest.raises(Exception, match="xla_not_an_option"):
         llm.generate(PROMPT, PARAMS, use_tqdm=False)
-    assert asked == ["cpu"]
+    assert set(asked) == {"cpu"}
 
 
 @pytest.mark.parametrize(
