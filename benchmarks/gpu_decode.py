@@ -100,7 +100,7 @@ def main(argv: list[str]) -> None:
         rows.append(row)
         print(_line(row), flush=True)
         if _JSON.value:
-            _write(device, rows)
+            _write(Path(_JSON.value), device, rows)
     print(f"\n{device}, {'float32' if _TINY.value else 'bfloat16'}, pages of {_PAGE.value}")
     print("| model | engine | batch | context | tokens/s | ms/step | host ms/step | launches/step | |")
     print("|---|---|---|---|---|---|---|---|---|")
@@ -237,9 +237,9 @@ def _line(row: Row) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def _write(device: str, rows: list[Row]) -> None:
+def _write(path: Path, device: str, rows: list[Row]) -> None:
     figures = {"device": device, "page_size": _PAGE.value, "rows": [dataclasses.asdict(row) for row in rows]}
-    Path(_JSON.value).write_text(json.dumps(figures, indent=2) + "\n")
+    path.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

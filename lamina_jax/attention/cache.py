@@ -30,9 +30,9 @@ class PagedCache:
         page_size: int,
         head_dim: int,
         dtype: DTypeLike,
-        device: jax.Device | None = None,
+        device: Any = None,
     ) -> "PagedCache":
-        """An empty cache on a device; None is JAX's default."""
+        """An empty cache on a `jax.Device`; None is JAX's default."""
         shape = (num_layers, num_pages, num_kv_heads, page_size, head_dim)
         return cls(k=jnp.zeros(shape, dtype, device=device), v=jnp.zeros(shape, dtype, device=device))
 
