@@ -52,8 +52,8 @@ class Model:
 
     @property
     def device(self) -> Any:
-        """The `jax.Device` that has the weights, or one of those that share them; JAX's default for weights that are only
-        shapes, to compile for, or in host memory."""
+        """The `jax.Device` that has the weights, or one of those that share them; JAX's default for weights that are
+        only shapes, to compile for, or in host memory."""
         sharding = getattr(self.params[0], "sharding", None)
         return next(iter(sharding.device_set)) if sharding is not None else jax.devices()[0]
 
