@@ -9,8 +9,14 @@ AOT := .venv-aot
 AOT_INSTALLED := $(AOT)/.installed
 AOT_PIP := $(AOT)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -c constraints-aot.txt
 TINY := checkpoints/tiny
+# On a machine with a GPU nothing is installed: its own Python has the JAX that goes with its driver.
+GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),python3,$(PYTHON))
+GPU_WHEELS := .gpu-wheels
+# pip takes a wheel's manylinux version literally; aliases and all that are in use up to that of Ubuntu 24.04.
+GPU_PLATFORMS := $(foreach n,5 12 17 24 26 27 28 31 34 35 38 39,--platform manylinux_2_$(n)_x86_64) \
+	--platform manylinux1_x86_64 --platform manylinux2010_x86_64 --platform manylinux2014_x86_64
 
-.PHONY: run test aot lint bench format clean
+.PHONY: run test aot lint bench gpu-wheels gpu-test gpu-bench format clean
 
 run: $(TINY)/config.json
 	$(BIN)/python scripts/generate.py --model=$(TINY) --num_attention_workers=2 --dtype=float32 --max_tokens=48 --temperature=0.6 \
@@ -32,12 +38,26 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/pipeline.py
 	$(BIN)/python benchmarks/host.py
 
+# What the machine with the GPU may lack, to be carried there; needs the network, as the two below do not.
+gpu-wheels:
+	rm -rf $(GPU_WHEELS)
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+		--python-version 3.12 --implementation cp --abi cp312 --abi abi3 --abi none $(GPU_PLATFORMS) \
+		-c constraints.txt -r requirements-gpu.txt -d $(GPU_WHEELS)
+	du -sh $(GPU_WHEELS)
+
+gpu-test:
+	$(GPU_PYTHON) scripts/gpu_run.py test $(GPU_OPTIONS)
+
+gpu-bench:
+	$(GPU_PYTHON) scripts/gpu_run.py bench $(GPU_OPTIONS)
+
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(AOT) build checkpoints
+	rm -rf $(VENV) $(AOT) $(GPU_WHEELS) build checkpoints
 
 $(TINY)/config.json: $(INSTALLED)
 	$(BIN)/python scripts/make_tiny_checkpoint.py --output=$(TINY) --train_seconds=60

@@ -19,12 +19,12 @@ import time
 from collections import deque
 
 import jax
-import numpy as np
 from absl import app, flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import pipeline
+from decoder import Decoder, Kind, read
 
 from lamina_jax.runtime import timeline
 
@@ -69,11 +69,11 @@ def main(argv: list[str]) -> None:
 
 def _measure(model, ahead: int) -> tuple[Run, list[int]]:
     """A run, and the time at which each of its steps got its last attention output."""
-    kind = pipeline.Kind("split, n = 1", 1)
+    kind = Kind("split, n = 1", 1)
     sizes = {"batch": _BATCH.value, "context": _CONTEXT.value, "num_steps": _WARM_UP + _STEPS.value}
     with tempfile.TemporaryDirectory() as directory:
         timeline.start(directory)
-        decoder = pipeline.Decoder(model, kind, **sizes, trace_dir=directory)
+        decoder = Decoder(model, kind, **sizes, trace_dir=directory)
         try:
             decoder.run(_WARM_UP)
             start = time.monotonic_ns()
@@ -88,7 +88,7 @@ def _measure(model, ahead: int) -> tuple[Run, list[int]]:
     return run, [ends[step] for step in sorted(ends)]
 
 
-def _run(decoder: pipeline.Decoder, ahead: int) -> Run:
+def _run(decoder: Decoder, ahead: int) -> Run:
     plan_s, dispatch_s = [], []
     in_flight: deque[list[jax.Array]] = deque()
     paused, waiting = (0, 0), 0
@@ -105,9 +105,9 @@ def _run(decoder: pipeline.Decoder, ahead: int) -> Run:
             time.sleep(_PAUSE_MS.value / 1e3)
             paused = (began, time.monotonic_ns())
         if len(in_flight) > ahead:
-            _read(in_flight.popleft())
+            read(in_flight.popleft())
     while in_flight:
-        _read(in_flight.popleft())
+        read(in_flight.popleft())
     return Run(plan_s, dispatch_s, paused, waiting)
 
 
@@ -124,11 +124,6 @@ def _intervals(ends: list[int], paused: tuple[int, int]) -> tuple[list[float], l
 
 def _is_ready(array: jax.Array) -> bool:
     return array.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _read(tokens: list[jax.Array]) -> None:
-    for each in tokens:
-        np.asarray(each)
 
 
 if __name__ == "__main__":

@@ -13,35 +13,23 @@ unsplit model keeps both.
 """
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import os
 import statistics
 import tempfile
-import time
-from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
-import numpy as np
-import psutil
 from absl import app, flags
-from jax.sharding import SingleDeviceSharding
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from lamina_jax import SamplingParams
-from lamina_jax.engine.scheduler import Scheduler, SchedulerLimits, SequenceState
+from decoder import Decoder, Kind
+
 from lamina_jax.models import ModelConfig, load_model
 from lamina_jax.runtime import timeline
-from lamina_jax.runtime.executor import CacheConfig, Executor, UnsplitExecutor
 from lamina_jax.runtime.model import Model
-from lamina_jax.runtime.model_worker import ModelWorker, model_function
-from lamina_jax.runtime.plan import StepPlan
-from lamina_jax.runtime.pool import AttentionWorkerPool
-from lamina_jax.runtime.split import SplitExecutor
+from lamina_jax.runtime.model_worker import model_function
 from lamina_jax.testing import write_tiny_checkpoint
 
 _BATCH = flags.DEFINE_list("batch", ["8", "64"], "Sequences decoded together.")
@@ -55,19 +43,6 @@ _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the
 _TRACE_DIR = flags.DEFINE_string("trace_dir", None, "Keep the timelines there, to look at or to draw.")
 _JSON = flags.DEFINE_string("json", None, "Write the figures here as well.")
 
-_PAGE_SIZE = 16
-_STEPS_AHEAD = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """An engine to measure; `num_batches` None is the unsplit model."""
-
-    name: str
-    num_batches: int | None = None
-    overlap: bool = True
-
-
 KINDS = (
     Kind("unsplit"),
     Kind("split, n = 1, no overlap", 1, False),
@@ -75,78 +50,6 @@ KINDS = (
     Kind("split, n = 2, no overlap", 2, False),
     Kind("split, n = 2", 2),
 )
-
-
-class Decoder:
-    """`batch` sequences with `context` tokens in the cache, about to decode `num_steps` more."""
-
-    def __init__(
-        self, model: Model, kind: Kind, *, batch: int, context: int, num_steps: int, trace_dir: str | None = None
-    ) -> None:
-        pages = -(-context // _PAGE_SIZE)
-        self._limits = SchedulerLimits.of(
-            max_num_seqs=batch,
-            max_prefill_tokens=1,
-            page_size=_PAGE_SIZE,
-            num_pages=pages * batch,
-            num_batches=kind.num_batches or 1,
-            min_batch_seqs=1,
-        )
-        others = set(psutil.Process().children())
-        self._executor = _executor(model, kind, self._limits, trace_dir)
-        self._workers = [process.pid for process in set(psutil.Process().children()) - others]
-        self._worker = ModelWorker(self._executor, num_slots=batch, num_batches=self._limits.num_batches)
-        self._scheduler = Scheduler(self._limits)
-        params = SamplingParams(temperature=0.0)
-        for i in range(batch):
-            # Ends at `context`, so that all steps are of one bucket.
-            sequence = SequenceState(
-                prompt_token_ids=[0] * (context - num_steps), params=params, seed=i, index=0, max_new_tokens=num_steps
-            )
-            sequence.num_computed = sequence.num_prompt_tokens
-            self._scheduler.add(sequence)
-
-    @contextlib.contextmanager
-    def on_cores(self, cores: str) -> Iterator[None]:
-        """Keeps the workers to a core each if `cores` is "own" and there are any."""
-        if cores == "shared" or not self._workers:
-            yield
-            return
-        everywhere = os.sched_getaffinity(0)
-        first, second = sorted(everywhere)[:2]
-        _pin(os.getpid(), {first})
-        for pid in self._workers:
-            _pin(pid, {second})
-        try:
-            yield
-        finally:
-            for pid in (os.getpid(), *self._workers):
-                _pin(pid, everywhere)
-
-    def run(self, num_steps: int) -> float:
-        """Seconds of so many steps."""
-        start = time.perf_counter()
-        in_flight: deque[list[jax.Array]] = deque()
-        for _ in range(num_steps):
-            in_flight.append(self.dispatch(self.plan()))
-            if len(in_flight) > _STEPS_AHEAD:
-                _read(in_flight.popleft())
-        while in_flight:
-            _read(in_flight.popleft())
-        return time.perf_counter() - start
-
-    def plan(self) -> list[StepPlan]:
-        """The next step of each batch."""
-        return [step.plan for step in self._scheduler.plan()]
-
-    def dispatch(self, plans: list[StepPlan]) -> list[jax.Array]:
-        """The tokens that a step samples, by batch; they are not there yet."""
-        self._worker.prepare(plans[0].bucket, len(plans))
-        return self._worker.run(plans)
-
-    def close(self) -> None:
-        """Ends the workers."""
-        self._executor.close()
 
 
 def main(argv: list[str]) -> None:
@@ -179,24 +82,6 @@ def tiny_model() -> Model:
     with tempfile.TemporaryDirectory() as directory:
         write_tiny_checkpoint(Path(directory), config, dtype=_DTYPE.value)
         return Model(*model_function(load_model(Path(directory))[1]))
-
-
-def _executor(model: Model, kind: Kind, limits: SchedulerLimits, trace_dir: str | None) -> Executor:
-    cache = CacheConfig(page_size=limits.page_size, num_pages=limits.num_pages, kernel="xla")
-    if kind.num_batches is None:
-        return UnsplitExecutor(model, cache)
-    return SplitExecutor(
-        model,
-        cache,
-        AttentionWorkerPool([{"JAX_PLATFORMS": "cpu"}]),
-        num_batches=kind.num_batches,
-        replicas=[SingleDeviceSharding(jax.devices()[0])],
-        channel_kind="shm",
-        overlap=kind.overlap,
-        max_step_tokens=limits.max_step_tokens,
-        timeout_s=120.0,
-        trace_dir=trace_dir,
-    )
 
 
 def _measure(model: Model, batch: int, context: int, cores: str) -> list[dict]:
@@ -239,17 +124,6 @@ def _waits(model: Model, kind: Kind, *, batch: int, context: int, cores: str) ->
     last = max(s.end_ns for each in spans.values() for s in each)
     window = (last - round(seconds * 1e9), last)
     return {worker: timeline.share_of_time(each, window).wait for worker, each in spans.items()}
-
-
-def _pin(pid: int, cores: set[int]) -> None:
-    for thread in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(ProcessLookupError):
-            os.sched_setaffinity(int(thread.name), cores)
-
-
-def _read(tokens: list[jax.Array]) -> None:
-    for each in tokens:
-        np.asarray(each)
 
 
 def _row(name: str, batch: int, context: int, times: list[float], base: float) -> dict:

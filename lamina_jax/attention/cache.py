@@ -22,10 +22,19 @@ class PagedCache:
 
     @classmethod
     def zeros(
-        cls, *, num_layers: int, num_pages: int, num_kv_heads: int, page_size: int, head_dim: int, dtype: DTypeLike
+        cls,
+        *,
+        num_layers: int,
+        num_pages: int,
+        num_kv_heads: int,
+        page_size: int,
+        head_dim: int,
+        dtype: DTypeLike,
+        device: Any = None,
     ) -> "PagedCache":
+        """An empty cache on a `jax.Device`; None is JAX's default."""
         shape = (num_layers, num_pages, num_kv_heads, page_size, head_dim)
-        return cls(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+        return cls(k=jnp.zeros(shape, dtype, device=device), v=jnp.zeros(shape, dtype, device=device))
 
     @property
     def page_size(self) -> int:

@@ -24,7 +24,7 @@ from lamina_jax.attention.kernels import get_kernel
 from lamina_jax.runtime import timeline
 from lamina_jax.runtime.attention_step import AttentionStep
 from lamina_jax.runtime.control import ControlClient
-from lamina_jax.runtime.gpu_options import compiler_options
+from lamina_jax.runtime.gpu_options import compiler_options, exact_products
 from lamina_jax.runtime.messages import (
     AttentionWorkerConfig,
     Bucket,
@@ -38,7 +38,7 @@ from lamina_jax.runtime.messages import (
 )
 from lamina_jax.runtime.places import device_bytes
 from lamina_jax.runtime.stamps import first_stamp
-from lamina_jax.transport import Channel, ChannelAddress, attach
+from lamina_jax.transport import Channel, ChannelAddress, attach, first_failure
 from lamina_jax.transport.recorder import start_recording
 
 _CONTROL = flags.DEFINE_string("control", None, "ZeroMQ address of the engine's control socket.", required=True)
@@ -56,6 +56,7 @@ class AttentionWorker:
 
     def __init__(self, config: AttentionWorkerConfig, inboxes: Sequence[Channel], outboxes: Sequence[Channel]):
         self._step = AttentionStep(config=config, kernel=get_kernel(config.kernel), inboxes=inboxes, outboxes=outboxes)
+        self._channels = (*inboxes, *outboxes)
         self._compiled: dict[tuple[Bucket, int], jax.stages.Compiled] = {}
         self._stamps = jnp.stack([first_stamp(b) for b in range(len(inboxes))])
         self._cache = PagedCache.zeros(
@@ -75,10 +76,10 @@ class AttentionWorker:
         tables = [StepTables.shapes(bucket.batch, bucket.max_pages)] * num_batches
         batches = jax.ShapeDtypeStruct((num_batches,), jnp.int32)
         step = jax.jit(self._step.run, static_argnames="tokens", donate_argnames="cache")
-        lowered = step.lower(self._cache, self._stamps, batches, tables, tokens=bucket.tokens)
-        self._compiled[bucket, num_batches] = lowered.compile(
-            compiler_options=compiler_options(jax.devices()[0].platform)
-        )
+        platform = jax.devices()[0].platform
+        with exact_products(platform, self._cache.k.dtype):
+            lowered = step.lower(self._cache, self._stamps, batches, tables, tokens=bucket.tokens)
+        self._compiled[bucket, num_batches] = lowered.compile(compiler_options=compiler_options(platform))
 
     def dispatch(self, message: RunStep) -> None:
         """Puts one step of some batches on the device; returns before it has run."""
@@ -95,9 +96,11 @@ class AttentionWorker:
         self._in_flight.append(self._stamps)
 
     def reap(self) -> None:
-        """Forgets the steps that have run. Raises the error of one that failed."""
+        """Forgets the steps that have run. Raises the error of one that failed; on a GPU only its channels tell."""
         while self._in_flight and self._in_flight[0].is_ready():
             self._in_flight.popleft().block_until_ready()
+            if (failure := first_failure(self._channels)) is not None:
+                raise failure
 
 
 def main(argv: list[str]) -> None:

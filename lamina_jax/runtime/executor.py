@@ -15,6 +15,7 @@ from lamina_jax.attention.cache import PagedCache, StepTables, append
 from lamina_jax.attention.kernels import get_kernel
 from lamina_jax.attention.merge import merge
 from lamina_jax.attention.params import AttendParams, LayerParams
+from lamina_jax.runtime.gpu_options import compiler_options, exact_products
 from lamina_jax.runtime.messages import Bucket
 from lamina_jax.runtime.model import Model, input_shapes
 from lamina_jax.runtime.plan import StepPlan
@@ -59,7 +60,10 @@ class Executor(abc.ABC):
 
     @abc.abstractmethod
     def check(self) -> None:
-        """Raises WorkerError if a worker is known to have failed."""
+        """Raises WorkerError if a worker or a channel is known to have failed.
+
+        To be asked when a step's tokens are there and before they are used: kernels of a GPU cannot raise, so that a
+        step whose messages failed ends like any other, with results that mean nothing."""
 
     @abc.abstractmethod
     def explain(self, error: Exception) -> Exception:
@@ -84,6 +88,7 @@ class UnsplitExecutor(Executor):
             page_size=config.page_size,
             head_dim=site.kv.shape[3],
             dtype=site.kv.dtype,
+            device=model.device,
         )
         self._compiled: dict[Bucket, jax.stages.Compiled] = {}
 
@@ -95,9 +100,10 @@ class UnsplitExecutor(Executor):
         inputs = input_shapes(bucket.batch, bucket.tokens)
         weights = self._model.weights(traced)
         step = jax.jit(functools.partial(self._step, traced), donate_argnums=0)
-        self._compiled[bucket] = step.lower(
-            self._cache, weights, inputs, StepTables.shapes(bucket.batch, bucket.max_pages)
-        ).compile()
+        platform = self._model.device.platform
+        with exact_products(platform, self._cache.k.dtype):
+            lowered = step.lower(self._cache, weights, inputs, StepTables.shapes(bucket.batch, bucket.max_pages))
+        self._compiled[bucket] = lowered.compile(compiler_options=compiler_options(platform))
 
     def forward(self, plans, tokens):
         for i, (plan, new) in enumerate(zip(plans, tokens, strict=True)):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lamina_jax import partition
+from lamina_jax.runtime.gpu_options import exact_products
 
 ModelFunction = Callable[..., Sequence[jax.Array]]
 """``f(params, tokens [B, T], positions [B, T], logit_index [B]) -> (logits [B, vocab],)``, calling `attend`."""
@@ -50,6 +51,13 @@ class Model:
             raise ValueError(f"expected a spec for each of {len(self.params)} parameters, got {len(division.specs)}.")
 
     @property
+    def device(self) -> Any:
+        """The `jax.Device` that has the weights, or one of those that share them; JAX's default for weights that are
+        only shapes, to compile for, or in host memory."""
+        sharding = getattr(self.params[0], "sharding", None)
+        return next(iter(sharding.device_set)) if sharding is not None else jax.devices()[0]
+
+    @property
     def num_devices(self) -> int:
         """Devices that share the model."""
         return self.division.mesh.size if self.division else 1
@@ -86,9 +94,10 @@ class Model:
     def _trace(self, batch: int, tokens: int) -> partition.Traced:
         shapes = [jax.ShapeDtypeStruct(self._local_shape(i), p.dtype) for i, p in enumerate(self.params)]
         axes = [(self.division.axis, self.num_devices)] if self.division else []
-        return partition.trace(
-            self._fn, jax.tree.unflatten(self._tree, shapes), *input_shapes(batch, tokens), axes=axes
-        )
+        with exact_products(self.device.platform, self.params[0].dtype):
+            return partition.trace(
+                self._fn, jax.tree.unflatten(self._tree, shapes), *input_shapes(batch, tokens), axes=axes
+            )
 
     def _local_shape(self, leaf: int) -> tuple[int, ...]:
         shape = self.params[leaf].shape

@@ -21,7 +21,16 @@ from lamina_jax.runtime.pool import AttentionWorkerPool
 from lamina_jax.runtime.schedule import Turn, turns
 from lamina_jax.runtime.slices import Heads, SlicePlan, SlicePorts, plan_slice, split_heads
 from lamina_jax.runtime.stamps import first_stamp
-from lamina_jax.transport import Channel, ChannelAddress, MessageSpec, Tag, attach, channel_class
+from lamina_jax.transport import (
+    Channel,
+    ChannelAddress,
+    ChannelError,
+    MessageSpec,
+    Tag,
+    attach,
+    channel_class,
+    first_failure,
+)
 
 
 class _SlicedModel:
@@ -104,7 +113,7 @@ class SplitExecutor(Executor):
         self._trace_dir = trace_dir
         self._replicas = list(replicas)
         self._weights: list[list[jax.Array]] = []
-        self._stamps = [first_stamp(b) for b in range(num_batches)]
+        self._stamps = [jax.device_put(first_stamp(b), self._replicas[0]) for b in range(num_batches)]
         self._num_steps = [0] * num_batches
         self._num_slices_done = 0
         self._prepared: set[tuple[Bucket, int]] = set()
@@ -165,13 +174,13 @@ class SplitExecutor(Executor):
         )
         index = {plan.batch: i for i, plan in enumerate(plans)}
         first = {turn.batch: self._replicas[turn.replica] for turn in order if turn.slice == 0}
-        values = [
-            dict(enumerate((jax.device_put(t, first[p.batch]), p.positions, p.logit_index)))
-            for p, t in zip(plans, tokens, strict=True)
-        ]
+        values = [dict(enumerate(self._inputs(p, t, first[p.batch]))) for p, t in zip(plans, tokens, strict=True)]
         for turn in order:
             i = index[turn.batch]
-            if turn.slice == 0:
+            if len(self._replicas) == 1:
+                # As the slice before left it: nothing is copied to the device between slices.
+                stamp = self._stamps[turn.batch]
+            elif turn.slice == 0:
                 # From the end of the batch's last step: this one must not overtake it on another replica.
                 stamp = jax.device_put(self._stamps[turn.batch], self._replicas[turn.replica])
             else:
@@ -185,12 +194,26 @@ class SplitExecutor(Executor):
             self._num_steps[plan.batch] += 1
         self._num_slices_done += sliced.num_slices
 
+    def _inputs(self, plan: StepPlan, tokens: jax.Array | np.ndarray, place: Sharding) -> Sequence[Any]:
+        """The model's inputs, of which batches that move between replicas take the host's everywhere."""
+        inputs = (plan.positions, plan.logit_index)
+        if len(self._replicas) == 1:
+            # Once, and not again with every slice that reads them.
+            inputs = jax.device_put(inputs, place)
+        return jax.device_put(tokens, place), *inputs
+
     def check(self) -> None:
         self._pool.check()
+        if (failure := self._failure()) is not None:
+            # Without the worker's own reason, which `explain` waits for.
+            raise WorkerError(str(failure))
 
     def explain(self, error: Exception) -> Exception:
-        failure = next((e for c in self._channels() if (e := c.error()) is not None), None)
+        failure = self._failure()
         return error if failure is None else self._pool.explain(failure)
+
+    def _failure(self) -> ChannelError | None:
+        return first_failure(self._channels())
 
     def close(self) -> None:
         for channel in self._channels():

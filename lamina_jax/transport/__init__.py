@@ -10,6 +10,7 @@ from lamina_jax.transport.base import (
     attach,
     channel_class,
     channel_kinds,
+    first_failure,
 )
 from lamina_jax.transport.ops import Stamp, fence, make_stamp, recv, send
 from lamina_jax.transport.shm import ShmChannel
@@ -27,6 +28,7 @@ __all__ = [
     "channel_class",
     "channel_kinds",
     "fence",
+    "first_failure",
     "make_stamp",
     "recv",
     "send",

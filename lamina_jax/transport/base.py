@@ -5,7 +5,7 @@ import dataclasses
 import enum
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -278,6 +278,11 @@ class Channel(abc.ABC):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def first_failure(channels: Iterable[Channel]) -> ChannelError | None:
+    """The failure of the first channel that failed, as an exception to raise, or None."""
+    return next((error for channel in channels if (error := channel.error()) is not None), None)
 
 
 _KINDS = {
