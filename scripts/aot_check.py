@@ -30,6 +30,7 @@ from lamina_jax.aot.programs import (
 from lamina_jax.aot.report import FIT_HEADER, PROGRAM_HEADER, Entry, fit_row, problems, program_row, table
 from lamina_jax.aot.targets import TARGETS, Target
 from lamina_jax.attention.kernels import KERNELS
+from lamina_jax.attention.quantization import AUTO, STORED
 from lamina_jax.models.config import ModelConfig
 
 _TARGETS = flags.DEFINE_list("targets", sorted(TARGETS), f"GPUs to compile for, of {', '.join(sorted(TARGETS))}.")
@@ -41,6 +42,8 @@ _NUM_BATCHES = flags.DEFINE_integer("num_batches", 2, "Batches in flight.", lowe
 _CACHE_FRACTION = flags.DEFINE_float(
     "cache_fraction", 0.85, "Share of an attention device's memory that the KV cache takes.", 0.0, 1.0
 )
+_PAGE_SIZE = flags.DEFINE_integer("page_size", 16, "Tokens in a page of the cache.", lower_bound=1)
+_KV_CACHE_DTYPE = flags.DEFINE_enum("kv_cache_dtype", AUTO, sorted(STORED), "Of the KV cache.")
 _KERNELS = flags.DEFINE_list("kernels", None, "Attention kernels; by default all that run on a GPU.")
 
 _EARLY = (r" (?:cosine|sine)\(",)
@@ -103,6 +106,8 @@ def _deployments() -> Iterator[Deployment]:
             # A prompt runs by itself.
             num_batches=_NUM_BATCHES.value if tokens == 1 else 1,
             context=_CONTEXT.value,
+            page_size=_PAGE_SIZE.value,
+            kv_cache_dtype=_KV_CACHE_DTYPE.value,
         )
         deployment.local  # noqa: B018 raises what is wrong with the numbers
         yield deployment
@@ -142,9 +147,7 @@ def _check_attention(findings: Findings, deployment: Deployment, kernel: str, ta
     compiled = compile_attention(deployment, config, target)
     title = f"attention ({kernel}) {_shape(deployment)}"
     findings.entries.append(Entry.of(title, target.name, compiled, cuda_tools() / "ptxas"))
-    cache = cache_shapes(config)
-    held = (cache.k.size + cache.v.size) * cache.k.dtype.itemsize
-    fit = fit_attention_worker(cache=held, memory=compiled.memory, capacity=target.memory_bytes)
+    fit = fit_attention_worker(cache=cache_shapes(config).nbytes, memory=compiled.memory, capacity=target.memory_bytes)
     fit = dataclasses.replace(fit, worker=f"{fit.worker} ({kernel})")
     findings.fits.append((f"{target.name} {_shape(deployment)}", fit))
 

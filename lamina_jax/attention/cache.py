@@ -8,24 +8,54 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from lamina_jax.attention.quantization import AUTO, SCALE_DTYPE, is_quantized, quantize, stored_dtype
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PagedCache:
-    """Keys and values of every layer, in pages; one (page, head) is contiguous, as kernels like to stream it."""
+    """Keys and values of every layer, in pages; one (page, head) is contiguous, as kernels like to stream it.
+
+    Where they are quantized (`lamina_jax.attention.quantization`) they are 1-byte numbers, times `scales`.
+    """
 
     # JAX makes objects of this class from shapes and placeholders too, which a type checker would refuse.
     __no_type_check__ = True
 
     k: Float[Array, "layers pages num_kv_heads page_size head_dim"]
     v: Float[Array, "layers pages num_kv_heads page_size head_dim"]
+    scales: Float[Array, "layers pages num_kv_heads page_size 2"] | None = None
+    """float32, of each key and each value, side by side so that one copy brings both; None if nothing is quantized."""
 
     @classmethod
     def zeros(
-        cls, *, num_layers: int, num_pages: int, num_kv_heads: int, page_size: int, head_dim: int, dtype: DTypeLike
+        cls,
+        *,
+        num_layers: int,
+        num_pages: int,
+        num_kv_heads: int,
+        page_size: int,
+        head_dim: int,
+        dtype: DTypeLike,
+        kv_cache_dtype: str = AUTO,
     ) -> "PagedCache":
-        shape = (num_layers, num_pages, num_kv_heads, page_size, head_dim)
-        return cls(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+        """An empty cache for keys and values of `dtype`, kept as `kv_cache_dtype` says (`quantization.STORED`).
+
+        Raises:
+            ValueError: there is no such kv_cache_dtype.
+        """
+        stored = stored_dtype(kv_cache_dtype, dtype)
+        places = (num_layers, num_pages, num_kv_heads, page_size)
+        return cls(
+            k=jnp.zeros((*places, head_dim), stored),
+            v=jnp.zeros((*places, head_dim), stored),
+            scales=jnp.zeros((*places, 2), SCALE_DTYPE) if is_quantized(stored) else None,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Of all pages, scales included; also of a cache of shapes."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
 
     @property
     def page_size(self) -> int:
@@ -68,7 +98,8 @@ def append(
     v: Float[Array, "batch tokens num_kv_heads head_dim"],
     tables: StepTables,
 ) -> PagedCache:
-    """Writes the step's new keys and values behind what each sequence holds. In place where XLA may reuse `cache`."""
+    """Writes the step's new keys and values behind what each sequence holds, quantized if the cache is. In place where
+    XLA may reuse `cache`."""
     tokens = k.shape[1]
     column = jnp.arange(tokens, dtype=jnp.int32)[None, :]
     position = tables.context_lens[:, None] + column
@@ -81,4 +112,8 @@ def append(
     def put(pages: Array, new: Array) -> Array:
         return pages.at[layer, page, :, offset].set(new.astype(pages.dtype), mode="drop")
 
-    return PagedCache(k=put(cache.k, k), v=put(cache.v, v))
+    if cache.scales is None:
+        return PagedCache(k=put(cache.k, k), v=put(cache.v, v))
+    (k, of_k), (v, of_v) = quantize(k, cache.k.dtype), quantize(v, cache.v.dtype)
+    scales = put(cache.scales, jnp.stack([of_k, of_v], axis=-1))
+    return PagedCache(k=put(cache.k, k), v=put(cache.v, v), scales=scales)

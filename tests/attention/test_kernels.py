@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # there is no public way to ask for races
 from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
 
+from lamina_jax.attention.cache import PagedCache
 from lamina_jax.attention.kernels import KERNELS, AttentionKernel, KernelTarget, choose_kernel, get_kernel
 from lamina_jax.attention.kernels.mosaic import MosaicKernel
 from lamina_jax.attention.kernels.xla import XlaKernel
 from lamina_jax.attention.merge import merge
 from lamina_jax.attention.params import AttendParams, LayerParams
+from lamina_jax.attention.quantization import quantize
 from lamina_jax.testing.attention import CASES, Case, World, check_kernel, run_step
 
 SUBJECTS: dict[str, AttentionKernel] = {
@@ -116,6 +118,9 @@ def test_append_writes_the_new_tokens_and_nothing_else(name):
     world = World.make(CASES[name])
     case = world.case
     _, cache = run_step(SUBJECTS["xla"], world)
+    if case.kv_cache_dtype != "auto":
+        check_quantized_append(world, cache)
+        return
     expected_k, expected_v = np.array(world.cache.k), np.array(world.cache.v)
     for b, count in enumerate(case.num_new):
         for t in range(count):
@@ -124,6 +129,23 @@ def test_append_writes_the_new_tokens_and_nothing_else(name):
             expected_k[place], expected_v[place] = world.k[b, t], world.v[b, t]
     np.testing.assert_array_equal(cache.k, expected_k)
     np.testing.assert_array_equal(cache.v, expected_v)
+
+
+def check_quantized_append(world: World, cache: PagedCache) -> None:
+    """What `quantize` makes of the new tokens is where they belong, and nothing else has changed."""
+    case = world.case
+    assert world.cache.scales is not None
+    assert cache.scales is not None
+    expected = [np.array(x) for x in (world.cache.k, world.cache.v, world.cache.scales)]
+    (new_k, of_k), (new_v, of_v) = (quantize(x, cache.k.dtype) for x in (world.k, world.v))
+    for b, count in enumerate(case.num_new):
+        for t in range(count):
+            page, offset = divmod(case.context_lens[b] + t, case.page_size)
+            place = (case.layer, int(world.tables.block_tables[b, page]), slice(None), offset)
+            expected[0][place], expected[1][place] = new_k[b, t], new_v[b, t]
+            expected[2][place] = np.stack([of_k[b, t], of_v[b, t]], axis=-1)
+    for array, actual in zip(expected, (cache.k, cache.v, cache.scales), strict=True):
+        np.testing.assert_array_equal(actual, array)
 
 
 def test_unknown_kernel_names_the_known_ones():
