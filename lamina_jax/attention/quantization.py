@@ -1,9 +1,9 @@
 """What a KV cache may hold instead of the model's own numbers: one byte each, with a scale for every vector.
 
-Every key and every value of a token and KV head has a scale of its own, the largest of its numbers over the largest
-that the dtype has. That takes no calibration and clips nothing, and a token with large numbers does not make others coarse,
-as one scale for a whole tensor would. It costs 4 bytes per vector (3 % at head_dim 128). A scale is a common factor of
-its vector, so attention needs no dequantized vector: with stored ``k``, ``v`` and scales ``s``, ``r``
+Every key and every value of a token and KV head has a scale of its own: the largest of its numbers over the largest
+that the dtype has. That takes no calibration and clips nothing, and a token with large numbers does not make others
+coarse, as one scale for a whole tensor would. It costs 4 bytes per vector (3 % at head_dim 128). A scale is a common
+factor of its vector, so attention needs no dequantized vector: with stored ``k``, ``v`` and scales ``s``, ``r``
 
     score_j = s_j * (q . k_j),    output = sum_j (p_j * r_j) v_j
 

@@ -116,9 +116,8 @@ def test_attention_is_as_near_to_the_unquantized_as_its_scores_and_values(
     largest = {"int8": 127, "fp8": 448}[kv_cache_dtype]
     for b, length in enumerate(lengths):
         keys, values, queries = (x.astype(np.float64) for x in (k[b, :length, 0], v[b, :length, 0], q[b, 0]))
-        errors = [
-            largest_error(kv_cache_dtype, x, np.abs(x).max(axis=1, keepdims=True) / largest) for x in (keys, values)
-        ]
+        of_each = [np.abs(x).max(axis=1, keepdims=True) / largest for x in (keys, values)]
+        errors = [largest_error(kv_cache_dtype, x, s) for x, s in zip((keys, values), of_each, strict=True)]
         scores = params.scale * queries @ keys.T
         if soft_cap is not None:
             scores = soft_cap * np.tanh(scores / soft_cap)
