@@ -29,7 +29,7 @@ from lamina_jax.aot.programs import (
 )
 from lamina_jax.aot.report import FIT_HEADER, PROGRAM_HEADER, Entry, fit_row, problems, program_row, table
 from lamina_jax.aot.targets import TARGETS, Target
-from lamina_jax.attention.kernels import KERNELS
+from lamina_jax.attention.kernels import KERNELS, KernelTarget
 from lamina_jax.attention.quantization import AUTO, STORED
 from lamina_jax.models.config import ModelConfig
 
@@ -65,9 +65,9 @@ def main(argv):
     prepare_environment()
     findings = Findings()
     try:
-        kernels = _KERNELS.value or gpu_kernels()
         deployments = list(_deployments())
         targets = [_target(name) for name in _TARGETS.value]
+        kernels = _KERNELS.value or [name for name in gpu_kernels() if _reads_cache(name, deployments[0])]
     except (ValueError, OSError) as error:
         raise SystemExit(f"aot_check: {error}") from None
     weights = weight_bytes(deployments[0].local)
@@ -111,6 +111,24 @@ def _deployments() -> Iterator[Deployment]:
         )
         deployment.local  # noqa: B018 raises what is wrong with the numbers
         yield deployment
+
+
+def _reads_cache(kernel: str, deployment: Deployment) -> bool:
+    """Whether a kernel that runs on GPUs reads the cache of this deployment."""
+    config = deployment.config
+    target = KernelTarget(
+        platform="cuda",
+        dtype=config.dtype,
+        kv_cache_dtype=deployment.kv_cache_dtype,
+        head_dim=config.head_dim,
+        page_size=deployment.page_size,
+    )
+    try:
+        KERNELS[kernel].check(target)
+    except ValueError as error:
+        print(f"left out: {error}")
+        return False
+    return True
 
 
 def _target(name: str) -> Target:

@@ -47,10 +47,15 @@ class Case:
         return AttendParams(scale=scale, window=self.window, soft_cap=self.soft_cap)
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether the cache is."""
+        return self.kv_cache_dtype != "auto"
+
+    @property
     def tolerance(self) -> float:
         """Largest error of a number of the output. What the cache rounded is not counted: the oracle sees it."""
         # The weights of a quantized cache are rounded to bfloat16 in place of float16.
-        rounded = self.kv_cache_dtype != "auto" and self.dtype == "float16"
+        rounded = self.is_quantized and self.dtype == "float16"
         return TOLERANCE["bfloat16" if rounded else self.dtype]
 
 
@@ -126,7 +131,7 @@ class World:
                 place = (case.layer, row[position // case.page_size], slice(None), position % case.page_size)
                 pages_k[place], pages_v[place] = past_k[b][position], past_v[b][position]
         cache = PagedCache(k=jnp.asarray(pages_k), v=jnp.asarray(pages_v))
-        if case.kv_cache_dtype != "auto":
+        if case.is_quantized:
             (pages_k, of_k), (pages_v, of_v) = (_quantize(x, case.kv_cache_dtype) for x in (pages_k, pages_v))
             cache = PagedCache(
                 k=jnp.asarray(pages_k), v=jnp.asarray(pages_v), scales=jnp.asarray(np.stack([of_k, of_v], axis=-1))
