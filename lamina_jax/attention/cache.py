@@ -24,8 +24,8 @@ class PagedCache:
 
     k: Float[Array, "layers pages num_kv_heads page_size head_dim"]
     v: Float[Array, "layers pages num_kv_heads page_size head_dim"]
-    scales: Float[Array, "layers pages num_kv_heads page_size 2"] | None = None
-    """float32, of each key and each value, side by side so that one copy brings both; None if nothing is quantized."""
+    scales: Float[Array, "layers pages num_kv_heads 2 page_size"] | None = None
+    """float32, of the keys and of the values of a page; None if nothing is quantized."""
 
     @classmethod
     def zeros(
@@ -49,7 +49,7 @@ class PagedCache:
         return cls(
             k=jnp.zeros((*places, head_dim), stored),
             v=jnp.zeros((*places, head_dim), stored),
-            scales=jnp.zeros((*places, 2), SCALE_DTYPE) if is_quantized(stored) else None,
+            scales=jnp.zeros((*places[:3], 2, page_size), SCALE_DTYPE) if is_quantized(stored) else None,
         )
 
     @property
@@ -115,5 +115,5 @@ def append(
     if cache.scales is None:
         return PagedCache(k=put(cache.k, k), v=put(cache.v, v))
     (k, of_k), (v, of_v) = quantize(k, cache.k.dtype), quantize(v, cache.v.dtype)
-    scales = put(cache.scales, jnp.stack([of_k, of_v], axis=-1))
+    scales = cache.scales.at[layer, page, :, :, offset].set(jnp.stack([of_k, of_v], axis=-1), mode="drop")
     return PagedCache(k=put(cache.k, k), v=put(cache.v, v), scales=scales)

@@ -134,7 +134,7 @@ class World:
         if case.is_quantized:
             (pages_k, of_k), (pages_v, of_v) = (_quantize(x, case.kv_cache_dtype) for x in (pages_k, pages_v))
             cache = PagedCache(
-                k=jnp.asarray(pages_k), v=jnp.asarray(pages_v), scales=jnp.asarray(np.stack([of_k, of_v], axis=-1))
+                k=jnp.asarray(pages_k), v=jnp.asarray(pages_v), scales=jnp.asarray(np.stack([of_k, of_v], axis=-2))
             )
             past_k, past_v = ([_dequantize(*_quantize(x, case.kv_cache_dtype)) for x in p] for p in (past_k, past_v))
         return cls(

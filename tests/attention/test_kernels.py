@@ -147,7 +147,7 @@ def check_quantized_append(world: World, cache: PagedCache) -> None:
             page, offset = divmod(case.context_lens[b] + t, case.page_size)
             place = (case.layer, int(world.tables.block_tables[b, page]), slice(None), offset)
             expected[0][place], expected[1][place] = new_k[b, t], new_v[b, t]
-            expected[2][place] = np.stack([of_k[b, t], of_v[b, t]], axis=-1)
+            expected[2][(*place[:3], slice(None), offset)] = np.stack([of_k[b, t], of_v[b, t]], axis=-1)
     for array, actual in zip(expected, (cache.k, cache.v, cache.scales), strict=True):
         np.testing.assert_array_equal(actual, array)
 

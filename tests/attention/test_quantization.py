@@ -27,7 +27,7 @@ def largest_error(kv_cache_dtype, x, scale):
 
 
 @given(
-    exponents=st.lists(st.integers(-120, 120), min_size=1, max_size=6),
+    exponents=st.lists(st.integers(-100, 100), min_size=1, max_size=6),
     head_dim=st.sampled_from([1, 3, 64]),
     kv_cache_dtype=st.sampled_from(QUANTIZED),
     dtype=st.sampled_from(["float32", "bfloat16"]),

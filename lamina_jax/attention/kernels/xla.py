@@ -23,8 +23,8 @@ class XlaKernel(AttentionKernel):
         v = _gather(cache.v, layer, tables.block_tables)
         k_scales = v_scales = None
         if cache.scales is not None:
-            scales = jnp.moveaxis(_gather(cache.scales, layer, tables.block_tables), 1, 2)
-            k_scales, v_scales = scales[..., 0], scales[..., 1]
+            scales = jnp.swapaxes(cache.scales, 3, 4)
+            k_scales, v_scales = jnp.moveaxis(_gather(scales, layer, tables.block_tables), (3, 1), (0, 3))
             k, v = k.astype(q.dtype), v.astype(weights_dtype(q.dtype))
         context_lens = jnp.asarray(tables.context_lens)[:, None]
         key = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
