@@ -35,6 +35,7 @@ _ENGINE_FLAGS = (
     "min_batch_seqs",
     "overlap",
     "kv_cache_bytes",
+    "kv_cache_dtype",
     "timeout_s",
     "seed",
     "trace_dir",
@@ -102,9 +103,16 @@ def define_engine_flags() -> None:
     flags.DEFINE_bool("overlap", True, "Start attention over the cache while k and v are still being computed.")
     flags.DEFINE_integer(
         "kv_cache_bytes",
+        "kv_cache_dtype",
         None,
         "Memory for the KV cache; if not given, a quarter of what is free at most.",
         lower_bound=1,
+    )
+    flags.DEFINE_enum(
+        "kv_cache_dtype",
+        "auto",
+        ["auto", "fp8", "fp8_e4m3", "int8"],
+        "Of the KV cache; auto is that of the model, the others take one byte per number and a scale per vector.",
     )
     flags.DEFINE_float("timeout_s", 60.0, "Longest wait of one device for another, in seconds.")
     flags.DEFINE_integer("seed", 0, "Fixes the random choices of the whole run.", lower_bound=0)

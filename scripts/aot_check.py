@@ -29,7 +29,8 @@ from lamina_jax.aot.programs import (
 )
 from lamina_jax.aot.report import FIT_HEADER, PROGRAM_HEADER, Entry, fit_row, problems, program_row, table
 from lamina_jax.aot.targets import TARGETS, Target
-from lamina_jax.attention.kernels import KERNELS
+from lamina_jax.attention.kernels import KERNELS, KernelTarget
+from lamina_jax.attention.quantization import AUTO, STORED
 from lamina_jax.models.config import ModelConfig
 
 _TARGETS = flags.DEFINE_list("targets", sorted(TARGETS), f"GPUs to compile for, of {', '.join(sorted(TARGETS))}.")
@@ -41,6 +42,8 @@ _NUM_BATCHES = flags.DEFINE_integer("num_batches", 2, "Batches in flight.", lowe
 _CACHE_FRACTION = flags.DEFINE_float(
     "cache_fraction", 0.85, "Share of an attention device's memory that the KV cache takes.", 0.0, 1.0
 )
+_PAGE_SIZE = flags.DEFINE_integer("page_size", 16, "Tokens in a page of the cache.", lower_bound=1)
+_KV_CACHE_DTYPE = flags.DEFINE_enum("kv_cache_dtype", AUTO, sorted(STORED), "Of the KV cache.")
 _KERNELS = flags.DEFINE_list("kernels", None, "Attention kernels; by default all that run on a GPU.")
 
 _EARLY = (r" (?:cosine|sine)\(",)
@@ -62,9 +65,9 @@ def main(argv):
     prepare_environment()
     findings = Findings()
     try:
-        kernels = _KERNELS.value or gpu_kernels()
         deployments = list(_deployments())
         targets = [_target(name) for name in _TARGETS.value]
+        kernels = _KERNELS.value or [name for name in gpu_kernels() if _reads_cache(name, deployments[0])]
     except (ValueError, OSError) as error:
         raise SystemExit(f"aot_check: {error}") from None
     weights = weight_bytes(deployments[0].local)
@@ -103,9 +106,29 @@ def _deployments() -> Iterator[Deployment]:
             # A prompt runs by itself.
             num_batches=_NUM_BATCHES.value if tokens == 1 else 1,
             context=_CONTEXT.value,
+            page_size=_PAGE_SIZE.value,
+            kv_cache_dtype=_KV_CACHE_DTYPE.value,
         )
         deployment.local  # noqa: B018 raises what is wrong with the numbers
         yield deployment
+
+
+def _reads_cache(kernel: str, deployment: Deployment) -> bool:
+    """Whether a kernel that runs on GPUs reads the cache of this deployment."""
+    config = deployment.config
+    target = KernelTarget(
+        platform="cuda",
+        dtype=config.dtype,
+        kv_cache_dtype=deployment.kv_cache_dtype,
+        head_dim=config.head_dim,
+        page_size=deployment.page_size,
+    )
+    try:
+        KERNELS[kernel].check(target)
+    except ValueError as error:
+        print(f"left out: {error}")
+        return False
+    return True
 
 
 def _target(name: str) -> Target:
@@ -142,9 +165,7 @@ def _check_attention(findings: Findings, deployment: Deployment, kernel: str, ta
     compiled = compile_attention(deployment, config, target)
     title = f"attention ({kernel}) {_shape(deployment)}"
     findings.entries.append(Entry.of(title, target.name, compiled, cuda_tools() / "ptxas"))
-    cache = cache_shapes(config)
-    held = (cache.k.size + cache.v.size) * cache.k.dtype.itemsize
-    fit = fit_attention_worker(cache=held, memory=compiled.memory, capacity=target.memory_bytes)
+    fit = fit_attention_worker(cache=cache_shapes(config).nbytes, memory=compiled.memory, capacity=target.memory_bytes)
     fit = dataclasses.replace(fit, worker=f"{fit.worker} ({kernel})")
     findings.fits.append((f"{target.name} {_shape(deployment)}", fit))
 

@@ -17,6 +17,7 @@ from lamina_jax.aot.hlo import Widths
 from lamina_jax.aot.targets import Target
 from lamina_jax.attention.cache import PagedCache, StepTables
 from lamina_jax.attention.kernels import get_kernel
+from lamina_jax.attention.quantization import AUTO, scale_bytes, stored_dtype
 from lamina_jax.models.checkpoint import abstract_model
 from lamina_jax.models.config import ModelConfig
 from lamina_jax.models.parallel import divided_over, local_config, partition_spec
@@ -38,6 +39,7 @@ class Deployment:
         num_batches: batches in flight.
         context: tokens that a sequence may have in the cache.
         page_size: tokens in a page of it.
+        kv_cache_dtype: of the cache, a name in `lamina_jax.attention.quantization.STORED`.
     """
 
     config: ModelConfig
@@ -48,6 +50,7 @@ class Deployment:
     num_batches: int = 2
     context: int = 4096
     page_size: int = 16
+    kv_cache_dtype: str = AUTO
 
     def __post_init__(self) -> None:
         if self.attention_workers % self.model_devices:
@@ -150,8 +153,9 @@ def worker_config(deployment: Deployment, *, kernel: str, cache_bytes: int) -> A
     """An attention worker of which the KV cache takes at most `cache_bytes`."""
     config = deployment.config
     share = split_heads(config.num_heads, config.num_kv_heads, deployment.attention_workers)[0]
-    itemsize = jnp.dtype(config.dtype).itemsize
-    page_bytes = 2 * config.num_layers * share.num_kv * deployment.page_size * config.head_dim * itemsize
+    stored = stored_dtype(deployment.kv_cache_dtype, config.dtype)
+    vector_bytes = config.head_dim * stored.itemsize + scale_bytes(stored)
+    page_bytes = 2 * config.num_layers * share.num_kv * deployment.page_size * vector_bytes
     return AttentionWorkerConfig(
         name="attention worker",
         layers=tuple(config.attend_params(i) for i in range(config.num_layers)),
@@ -159,6 +163,7 @@ def worker_config(deployment: Deployment, *, kernel: str, cache_bytes: int) -> A
         num_kv_heads=share.num_kv,
         head_dim=config.head_dim,
         dtype=config.dtype,
+        kv_cache_dtype=deployment.kv_cache_dtype,
         page_size=deployment.page_size,
         num_pages=cache_bytes // page_bytes,
         kernel=kernel,
@@ -175,6 +180,7 @@ def cache_shapes(config: AttentionWorkerConfig) -> PagedCache:
         page_size=config.page_size,
         head_dim=config.head_dim,
         dtype=config.dtype,
+        kv_cache_dtype=config.kv_cache_dtype,
     )
     return jax.eval_shape(make)
 

@@ -8,17 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from lamina_jax.attention.quantization import AUTO, SCALE_DTYPE, is_quantized, quantize, stored_dtype
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PagedCache:
-    """Keys and values of every layer, in pages; one (page, head) is contiguous, as kernels like to stream it."""
+    """Keys and values of every layer, in pages; one (page, head) is contiguous, as kernels like to stream it.
+
+    Where they are quantized (`lamina_jax.attention.quantization`) they are 1-byte numbers, times `scales`.
+    """
 
     # JAX makes objects of this class from shapes and placeholders too, which a type checker would refuse.
     __no_type_check__ = True
 
     k: Float[Array, "layers pages num_kv_heads page_size head_dim"]
     v: Float[Array, "layers pages num_kv_heads page_size head_dim"]
+    scales: Float[Array, "layers pages num_kv_heads 2 page_size"] | None = None
+    """float32, of the keys and of the values of a page; None if nothing is quantized."""
 
     @classmethod
     def zeros(
@@ -30,11 +37,27 @@ class PagedCache:
         page_size: int,
         head_dim: int,
         dtype: DTypeLike,
+        kv_cache_dtype: str = AUTO,
         device: Any = None,
     ) -> "PagedCache":
-        """An empty cache on a `jax.Device`; None is JAX's default."""
-        shape = (num_layers, num_pages, num_kv_heads, page_size, head_dim)
-        return cls(k=jnp.zeros(shape, dtype, device=device), v=jnp.zeros(shape, dtype, device=device))
+        """An empty cache for keys and values of `dtype`, kept as `kv_cache_dtype` says (`quantization.STORED`), on a
+        `jax.Device`; None is JAX's default.
+
+        Raises:
+            ValueError: there is no such kv_cache_dtype.
+        """
+        stored = stored_dtype(kv_cache_dtype, dtype)
+        places = (num_layers, num_pages, num_kv_heads, page_size)
+        return cls(
+            k=jnp.zeros((*places, head_dim), stored, device=device),
+            v=jnp.zeros((*places, head_dim), stored, device=device),
+            scales=jnp.zeros((*places[:3], 2, page_size), SCALE_DTYPE, device=device) if is_quantized(stored) else None,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Of all pages, scales included; also of a cache of shapes."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
 
     @property
     def page_size(self) -> int:
@@ -77,7 +100,8 @@ def append(
     v: Float[Array, "batch tokens num_kv_heads head_dim"],
     tables: StepTables,
 ) -> PagedCache:
-    """Writes the step's new keys and values behind what each sequence holds. In place where XLA may reuse `cache`."""
+    """Writes the step's new keys and values behind what each sequence holds, quantized if the cache is. In place where
+    XLA may reuse `cache`."""
     tokens = k.shape[1]
     column = jnp.arange(tokens, dtype=jnp.int32)[None, :]
     position = tables.context_lens[:, None] + column
@@ -90,4 +114,8 @@ def append(
     def put(pages: Array, new: Array) -> Array:
         return pages.at[layer, page, :, offset].set(new.astype(pages.dtype), mode="drop")
 
-    return PagedCache(k=put(cache.k, k), v=put(cache.v, v))
+    if cache.scales is None:
+        return PagedCache(k=put(cache.k, k), v=put(cache.v, v))
+    (k, of_k), (v, of_v) = quantize(k, cache.k.dtype), quantize(v, cache.v.dtype)
+    scales = cache.scales.at[layer, page, :, :, offset].set(jnp.stack([of_k, of_v], axis=-1), mode="drop")
+    return PagedCache(k=put(cache.k, k), v=put(cache.v, v), scales=scales)

@@ -29,13 +29,17 @@ class Partial:
         cls,
         scores: Float[Array, "batch num_kv_heads group tokens keys"],
         v: Float[Array, "batch keys num_kv_heads head_dim"],
+        v_scales: Float[Array, "batch num_kv_heads keys"] | None = None,
     ) -> "Partial":
-        """From scaled float32 scores, -inf where masked. A row may be masked everywhere."""
+        """From scaled float32 scores, -inf where masked. A row may be masked everywhere.
+
+        `v_scales` are factors on the values, of a quantized cache."""
         batch, num_kv_heads, group, tokens, _ = scores.shape
         maximum = scores.max(axis=-1)
         # exp(-inf - -inf) would be nan; any finite number gives the zero that an empty set needs.
         weights = jnp.exp(scores - jnp.where(jnp.isneginf(maximum), 0.0, maximum)[..., None])
-        weighted = jnp.einsum("bkgts,bskd->btkgd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        factors = weights if v_scales is None else weights * v_scales[:, :, None, None]
+        weighted = jnp.einsum("bkgts,bskd->btkgd", factors.astype(v.dtype), v, preferred_element_type=jnp.float32)
         rows = (batch, tokens, num_kv_heads * group)
         by_token = lambda x: jnp.moveaxis(x, 3, 1).reshape(rows)  # noqa: E731
         return cls(

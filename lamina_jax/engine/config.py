@@ -4,7 +4,10 @@ import contextlib
 import dataclasses
 from pathlib import Path
 
+from jaxtyping import DTypeLike
+
 from lamina_jax.attention.kernels import check_name
+from lamina_jax.attention.quantization import check_kv_cache_dtype, scale_bytes, stored_dtype
 from lamina_jax.models import ModelConfig
 from lamina_jax.runtime.places import channel_kind, check_platforms
 
@@ -35,6 +38,7 @@ class EngineConfig:
     min_batch_seqs: int | None = None
     overlap: bool = True
     kv_cache_bytes: int | None = None
+    kv_cache_dtype: str = "auto"
     attention_kernel: str = "auto"
     timeout_s: float = 60.0
     seed: int = 0
@@ -66,6 +70,7 @@ class EngineConfig:
         channel_kind(self.model_platform, self.attention_platform, self.transport)
         self._check_division()
         check_name(self.attention_kernel)
+        check_kv_cache_dtype(self.kv_cache_dtype)
         if self.trace_dir is not None and not self.num_attention_workers:
             raise ValueError("trace_dir records messages between workers, and num_attention_workers=0 has none.")
         if self.model_platform == "cuda" and self.num_batches > 2:
@@ -99,12 +104,12 @@ class CacheSize:
 
 
 def size_cache(
-    config: EngineConfig, model: ModelConfig, itemsize: int, *, device_bytes: int | None = None
+    config: EngineConfig, model: ModelConfig, dtype: DTypeLike, *, device_bytes: int | None = None
 ) -> CacheSize:
     """Sizes the KV cache: room for `max_num_seqs` sequences of full length, or what the memory allows.
 
     Args:
-        itemsize: bytes of one cached number.
+        dtype: of the model's keys and values; `config.kv_cache_dtype` says how they are kept.
         device_bytes: what there is for the cache where it does not lie in the host's memory.
 
     Raises:
@@ -116,7 +121,9 @@ def size_cache(
             f"{model.max_position_embeddings}; give at most that."
         )
     memory = config.kv_cache_bytes or device_bytes or int(_CACHE_SHARE_OF_MEMORY * _available_memory())
-    page_bytes = model.kv_bytes_per_token(itemsize) * config.page_size
+    stored = stored_dtype(config.kv_cache_dtype, dtype)
+    token_bytes = model.kv_bytes_per_token(stored.itemsize, scale_bytes=scale_bytes(stored))
+    page_bytes = token_bytes * config.page_size
     affordable = memory // page_bytes
     wanted_len = config.max_model_len or model.max_position_embeddings
     per_sequence = -(-wanted_len // config.page_size)

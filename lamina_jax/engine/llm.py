@@ -65,7 +65,7 @@ class LLM:
             scripts/convert_checkpoint.py.
         num_attention_workers: processes that hold the KV cache and compute attention, each for its share of the KV
             heads; 0 runs the model whole in this process.
-        dtype: of weights, activations and KV cache: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
+        dtype: of weights and activations: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
         max_model_len: most tokens of a sequence, prompt and completion together; by default the model's
             max_position_embeddings, or less if the KV cache cannot hold that.
         page_size: tokens in a page of KV cache.
@@ -87,6 +87,8 @@ class LLM:
             share a CPU, 8 where the model is on a GPU, and never so many that max_num_seqs are too few for num_batches.
         overlap: start attention over the cache while k and v are still being computed.
         kv_cache_bytes: memory for the KV cache over all workers; by default a quarter of what is free at most.
+        kv_cache_dtype: of the KV cache: "auto" (as `dtype`), "fp8" (or "fp8_e4m3") or "int8", which take half of
+            bfloat16's memory and traffic. Keys and values then have scales of their own, per token and KV head.
         attention_kernel: name in `lamina_jax.attention.kernels.KERNELS`, or "auto" for the fastest one that runs on
             the attention devices: "mosaic" on Hopper GPUs if the cache suits it, else "xla".
         timeout_s: longest that one device waits for one message of another, in seconds.
@@ -141,7 +143,7 @@ class LLM:
             size = size_cache(
                 config,
                 self._model_config,
-                loaded.sites[0].kv.dtype.itemsize,
+                loaded.sites[0].kv.dtype,
                 device_bytes=_cache_bytes(config, self._model_config, pool, places[0]),
             )
             self.max_model_len = size.max_model_len
@@ -457,9 +459,19 @@ def _make_executor(
     # GPUs of one host are taken to be of one kind: the engine has no attention worker's at hand.
     on_cpu = pool is not None and config.attention_platform == "cpu"
     device = jax.local_devices(backend="cpu" if on_cpu else None)[0]
-    target = KernelTarget.of_device(device, dtype=kv.dtype.name, head_dim=kv.shape[3], page_size=limits.page_size)
-    kernel = choose_kernel(config.attention_kernel, target)
-    cache = CacheConfig(page_size=limits.page_size, num_pages=limits.num_pages, kernel=kernel)
+    target = KernelTarget.of_device(
+        device,
+        dtype=kv.dtype.name,
+        kv_cache_dtype=config.kv_cache_dtype,
+        head_dim=kv.shape[3],
+        page_size=limits.page_size,
+    )
+    cache = CacheConfig(
+        page_size=limits.page_size,
+        num_pages=limits.num_pages,
+        kernel=choose_kernel(config.attention_kernel, target),
+        dtype=config.kv_cache_dtype,
+    )
     if pool is None:
         return UnsplitExecutor(model, cache)
     return SplitExecutor(

@@ -80,9 +80,14 @@ class ModelConfig:
             soft_cap=self.attention_soft_cap,
         )
 
-    def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes of keys and values that one token leaves in the caches of all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+    def kv_bytes_per_token(self, itemsize: int, *, scale_bytes: int = 0) -> int:
+        """Bytes of keys and values that one token leaves in the caches of all layers.
+
+        Args:
+            itemsize: of one number.
+            scale_bytes: that each key and each value of a KV head takes besides its numbers.
+        """
+        return 2 * self.num_layers * self.num_kv_heads * (self.head_dim * itemsize + scale_bytes)
 
     @classmethod
     def from_hf_dict(cls, raw: Mapping[str, Any], *, source: str | Path = "config.json") -> "ModelConfig":

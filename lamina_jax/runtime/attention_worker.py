@@ -66,6 +66,7 @@ class AttentionWorker:
             page_size=config.page_size,
             head_dim=config.head_dim,
             dtype=config.dtype,
+            kv_cache_dtype=config.kv_cache_dtype,
         )
         self._in_flight: deque[Any] = deque()
 

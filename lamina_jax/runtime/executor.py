@@ -15,6 +15,7 @@ from lamina_jax.attention.cache import PagedCache, StepTables, append
 from lamina_jax.attention.kernels import get_kernel
 from lamina_jax.attention.merge import merge
 from lamina_jax.attention.params import AttendParams, LayerParams
+from lamina_jax.attention.quantization import AUTO
 from lamina_jax.runtime.gpu_options import compiler_options, exact_products
 from lamina_jax.runtime.messages import Bucket
 from lamina_jax.runtime.model import Model, input_shapes
@@ -31,6 +32,8 @@ class CacheConfig:
     """Pages of a pool; every worker has a pool of so many for its heads."""
     kernel: str
     """Name in `lamina_jax.attention.kernels.KERNELS`."""
+    dtype: str = AUTO
+    """How it holds keys and values: a name in `lamina_jax.attention.quantization.STORED`."""
 
 
 class Executor(abc.ABC):
@@ -88,6 +91,7 @@ class UnsplitExecutor(Executor):
             page_size=config.page_size,
             head_dim=site.kv.shape[3],
             dtype=site.kv.dtype,
+            kv_cache_dtype=config.dtype,
             device=model.device,
         )
         self._compiled: dict[Bucket, jax.stages.Compiled] = {}

@@ -6,6 +6,7 @@ Tensors of a step never travel here, only through channels; what does is sent ah
 import msgspec
 
 from lamina_jax.attention.params import AttendParams
+from lamina_jax.attention.quantization import AUTO
 from lamina_jax.transport import ChannelAddress
 
 
@@ -22,6 +23,9 @@ class AttentionWorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """KV heads of this worker."""
     head_dim: int
     dtype: str
+    """Of q, k and v."""
+    kv_cache_dtype: str = AUTO
+    """How the cache holds k and v: a name in `lamina_jax.attention.quantization.STORED`."""
     page_size: int
     """Tokens in a page."""
     num_pages: int

@@ -282,6 +282,7 @@ class SplitExecutor(Executor):
                 num_kv_heads=share.num_kv,
                 head_dim=site.kv.shape[3],
                 dtype=str(site.kv.dtype),
+                kv_cache_dtype=config.dtype,
                 page_size=config.page_size,
                 num_pages=config.num_pages,
                 kernel=config.kernel,

@@ -7,6 +7,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from lamina_jax.attention.cache import PagedCache, StepTables, append
@@ -32,15 +33,30 @@ class Case:
     tokens: int | None = None
     """Columns of the step; more than max(num_new) is padding."""
     dtype: str = "float32"
+    kv_cache_dtype: str = "auto"
     window: int | None = None
     soft_cap: float | None = None
     scale: float | None = None
     """None is what most models have."""
+    value_size: float = 1.0
+    """Standard deviation of the values."""
 
     @property
     def params(self) -> AttendParams:
         scale = self.head_dim**-0.5 if self.scale is None else self.scale
         return AttendParams(scale=scale, window=self.window, soft_cap=self.soft_cap)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the cache is."""
+        return self.kv_cache_dtype != "auto"
+
+    @property
+    def tolerance(self) -> float:
+        """Largest error of a number of the output. What the cache rounded is not counted: the oracle sees it."""
+        # The weights of a quantized cache are rounded to bfloat16 in place of float16.
+        rounded = self.is_quantized and self.dtype == "float16"
+        return TOLERANCE["bfloat16" if rounded else self.dtype]
 
 
 CASES = {
@@ -70,6 +86,13 @@ CASES = {
     "page longer than a block": Case((70, 300), (1, 1), page_size=128, num_layers=1, layer=0),
     "wide heads": Case((5, 90), (1, 1), head_dim=128, num_kv_heads=1),
     "bfloat16, window and soft cap": Case((30, 2), (1, 4), window=6, soft_cap=1.5, scale=2.0, dtype="bfloat16"),
+    "int8 cache": Case((1, 5, 17, 4), (1, 1, 1, 1), kv_cache_dtype="int8"),
+    "fp8 cache": Case((1, 5, 17, 4), (1, 1, 1, 1), kv_cache_dtype="fp8"),
+    "int8 cache of several blocks": Case((0, 200, 64), (1, 3, 1), scale=0.5, window=150, kv_cache_dtype="int8"),
+    "fp8 cache of several blocks": Case((0, 200, 64), (1, 1, 1), scale=0.5, kv_cache_dtype="fp8", dtype="bfloat16"),
+    "int8 cache, float16, small values": Case(
+        (300, 9), (1, 2), kv_cache_dtype="int8", dtype="float16", value_size=1e-3, page_size=16
+    ),
 }
 
 
@@ -79,6 +102,7 @@ class World:
 
     case: Case
     past_k: list[np.ndarray]
+    """Of a quantized cache in float64, times their scales."""
     past_v: list[np.ndarray]
     q: jax.Array
     k: jax.Array
@@ -92,6 +116,7 @@ class World:
         draw = lambda *shape: np.asarray(jnp.asarray(rng.standard_normal(shape), case.dtype))  # noqa: E731
         batch, tokens = len(case.context_lens), case.tokens or max(case.num_new)
         past_k, past_v = ([draw(n, case.num_kv_heads, case.head_dim) for n in case.context_lens] for _ in range(2))
+        past_v = [case.value_size * x for x in past_v]
         widths = [-(-(c + n) // case.page_size) for c, n in zip(case.context_lens, case.num_new, strict=True)]
         num_pages = sum(widths) + 3
         free = iter(rng.permutation(num_pages))
@@ -105,20 +130,40 @@ class World:
             for position in range(case.context_lens[b]):
                 place = (case.layer, row[position // case.page_size], slice(None), position % case.page_size)
                 pages_k[place], pages_v[place] = past_k[b][position], past_v[b][position]
+        cache = PagedCache(k=jnp.asarray(pages_k), v=jnp.asarray(pages_v))
+        if case.is_quantized:
+            (pages_k, of_k), (pages_v, of_v) = (_quantize(x, case.kv_cache_dtype) for x in (pages_k, pages_v))
+            cache = PagedCache(
+                k=jnp.asarray(pages_k), v=jnp.asarray(pages_v), scales=jnp.asarray(np.stack([of_k, of_v], axis=-2))
+            )
+            past_k, past_v = ([_dequantize(*_quantize(x, case.kv_cache_dtype)) for x in p] for p in (past_k, past_v))
         return cls(
             case=case,
             past_k=past_k,
             past_v=past_v,
             q=jnp.asarray(draw(batch, tokens, case.num_heads, case.head_dim)),
             k=jnp.asarray(draw(batch, tokens, case.num_kv_heads, case.head_dim)),
-            v=jnp.asarray(draw(batch, tokens, case.num_kv_heads, case.head_dim)),
-            cache=PagedCache(k=jnp.asarray(pages_k), v=jnp.asarray(pages_v)),
+            v=jnp.asarray(case.value_size * draw(batch, tokens, case.num_kv_heads, case.head_dim)),
+            cache=cache,
             tables=StepTables(
                 context_lens=jnp.asarray(case.context_lens, jnp.int32),
                 num_new=jnp.asarray(case.num_new, jnp.int32),
                 block_tables=jnp.asarray(block_tables, jnp.int32),
             ),
         )
+
+
+def _quantize(x: np.ndarray, kv_cache_dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers and float32 scales, made without the code that is tested."""
+    stored, largest = {"int8": (np.int8, 127), "fp8": (ml_dtypes.float8_e4m3fn, 448)}[kv_cache_dtype]
+    x = x.astype(np.float32)
+    scales = np.abs(x).max(axis=-1) / np.float32(largest)
+    numbers = np.clip(x / scales[..., None], -largest, largest)
+    return (np.rint(numbers) if kv_cache_dtype == "int8" else numbers).astype(stored), scales
+
+
+def _dequantize(numbers: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    return numbers.astype(np.float64) * scales.astype(np.float64)[..., None]
 
 
 def attend_float64(world: World, b: int, t: int, params: AttendParams) -> np.ndarray:
@@ -157,6 +202,10 @@ def check_kernel(kernel: AttentionKernel, world: World) -> None:
     for b, count in enumerate(world.case.num_new):
         for t in range(count):
             expected = attend_float64(world, b, t, world.case.params)
+            tolerance = world.case.tolerance * world.case.value_size
             np.testing.assert_allclose(
-                np.asarray(out[b, t]).astype(np.float64), expected, atol=TOLERANCE[world.case.dtype], rtol=0
+                np.asarray(out[b, t]).astype(np.float64),
+                expected,
+                atol=tolerance,
+                rtol=0,
             )

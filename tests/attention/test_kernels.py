@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # there is no public way to ask for races
 from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
 
+from lamina_jax.attention.cache import PagedCache
 from lamina_jax.attention.kernels import KERNELS, AttentionKernel, KernelTarget, choose_kernel, get_kernel
 from lamina_jax.attention.kernels.mosaic import MosaicKernel
 from lamina_jax.attention.kernels.xla import XlaKernel
 from lamina_jax.attention.merge import merge
 from lamina_jax.attention.params import AttendParams, LayerParams
+from lamina_jax.attention.quantization import quantize
 from lamina_jax.testing.attention import CASES, Case, World, check_kernel, run_step
 
 SUBJECTS: dict[str, AttentionKernel] = {
@@ -46,8 +48,12 @@ def test_every_kernel_is_tested():
     assert SUBJECTS.keys() == KERNELS.keys()
 
 
-@pytest.mark.parametrize("kernel_name", SUBJECTS)
-@pytest.mark.parametrize("name", CASES)
+RUNNABLE = [
+    (kernel, name) for kernel in SUBJECTS for name, case in CASES.items() if kernel == "xla" or not case.is_quantized
+]
+
+
+@pytest.mark.parametrize(("kernel_name", "name"), RUNNABLE)
 def test_kernel_equals_float64(kernel_name, name):
     check_kernel(SUBJECTS[kernel_name], World.make(fitted(kernel_name, CASES[name])))
 
@@ -116,6 +122,9 @@ def test_append_writes_the_new_tokens_and_nothing_else(name):
     world = World.make(CASES[name])
     case = world.case
     _, cache = run_step(SUBJECTS["xla"], world)
+    if case.is_quantized:
+        check_quantized_append(world, cache)
+        return
     expected_k, expected_v = np.array(world.cache.k), np.array(world.cache.v)
     for b, count in enumerate(case.num_new):
         for t in range(count):
@@ -124,6 +133,23 @@ def test_append_writes_the_new_tokens_and_nothing_else(name):
             expected_k[place], expected_v[place] = world.k[b, t], world.v[b, t]
     np.testing.assert_array_equal(cache.k, expected_k)
     np.testing.assert_array_equal(cache.v, expected_v)
+
+
+def check_quantized_append(world: World, cache: PagedCache) -> None:
+    """What `quantize` makes of the new tokens is where they belong, and nothing else has changed."""
+    case = world.case
+    assert world.cache.scales is not None
+    assert cache.scales is not None
+    expected = [np.array(x) for x in (world.cache.k, world.cache.v, world.cache.scales)]
+    (new_k, of_k), (new_v, of_v) = (quantize(x, cache.k.dtype) for x in (world.k, world.v))
+    for b, count in enumerate(case.num_new):
+        for t in range(count):
+            page, offset = divmod(case.context_lens[b] + t, case.page_size)
+            place = (case.layer, int(world.tables.block_tables[b, page]), slice(None), offset)
+            expected[0][place], expected[1][place] = new_k[b, t], new_v[b, t]
+            expected[2][(*place[:3], slice(None), offset)] = np.stack([of_k[b, t], of_v[b, t]], axis=-1)
+    for array, actual in zip(expected, (cache.k, cache.v, cache.scales), strict=True):
+        np.testing.assert_array_equal(actual, array)
 
 
 def test_unknown_kernel_names_the_known_ones():
@@ -149,6 +175,8 @@ def test_auto_is_the_fastest_kernel_that_runs():
         dataclasses.replace(HOPPER, compute_capability="8.0"),
         dataclasses.replace(HOPPER, compute_capability="10.0"),
         dataclasses.replace(HOPPER, dtype="float32"),
+        dataclasses.replace(HOPPER, kv_cache_dtype="int8"),
+        dataclasses.replace(HOPPER, kv_cache_dtype="fp8"),
         dataclasses.replace(HOPPER, head_dim=80),
         dataclasses.replace(HOPPER, page_size=4),
         dataclasses.replace(HOPPER, page_size=24),
@@ -162,6 +190,7 @@ def test_auto_is_the_fastest_kernel_that_runs():
         (CPU, "MosaicKernel runs on cuda, but attention is to run on cpu; use attention_kernel='auto'"),
         (dataclasses.replace(HOPPER, compute_capability="8.9"), r"Hopper GPU .* got one of 8\.9; use .*'xla'"),
         (dataclasses.replace(HOPPER, dtype="float32"), "bfloat16 or float16, got float32; set dtype"),
+        (dataclasses.replace(HOPPER, kv_cache_dtype="fp8"), "does not read a quantized KV cache, got fp8; .*'xla'"),
         (dataclasses.replace(HOPPER, head_dim=96), "head_dim of 64, 128, 192 or 256, got 96"),
         (dataclasses.replace(HOPPER, page_size=12), "power of two of at least 8, got 12; set page_size"),
     ],
@@ -174,6 +203,8 @@ def test_a_kernel_that_was_asked_for_but_does_not_run_is_refused(target, message
 def test_a_shape_that_the_mosaic_kernel_cannot_run_is_refused_before_it_is_compiled():
     with pytest.raises(ValueError, match="got float32"):
         run_step(SUBJECTS["mosaic"], World.make(CASES["decode"]))
+    with pytest.raises(ValueError, match="does not read a quantized KV cache, got one of int8; use 'xla'"):
+        run_step(SUBJECTS["mosaic"], World.make(CASES["int8 cache"]))
     with pytest.raises(ValueError, match="split_tokens must be a positive multiple of 64, got 100"):
         MosaicKernel(split_tokens=100)
 

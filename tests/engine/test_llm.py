@@ -201,6 +201,11 @@ SETTINGS = {
     "no page": ({"page_size": 0}, ValueError, "page_size must be an integer of at least 1, got 0"),
     "cache too small": ({"max_model_len": 512, "kv_cache_bytes": 1000}, ValueError, "Lower max_model_len or raise"),
     "unknown dtype": ({"dtype": "int7"}, ValueError, "int7"),
+    "unknown dtype of the cache": (
+        {"kv_cache_dtype": "fp4"},
+        ValueError,
+        "one of auto, fp8, fp8_e4m3, int8, got 'fp4'",
+    ),
     "unknown kernel": ({"attention_kernel": "x"}, ValueError, "attention kernel 'x'"),
     "kernel of a GPU": ({"attention_kernel": "mosaic"}, ValueError, "runs on cuda, but .* on cpu; use .*'auto'"),
     "negative seed": ({"seed": -1}, ValueError, "seed must be an integer of at least 0, got -1"),

@@ -37,6 +37,43 @@ def test_split_equals_unsplit_bit_for_bit_in_float32(tmp_path, name):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize(("name", "kv_cache_dtype"), [("gqa", "int8"), ("gqa", "fp8"), ("gemma2", "int8")])
+def test_split_equals_unsplit_bit_for_bit_over_a_quantized_cache(tmp_path, name, kv_cache_dtype):
+    write_tiny_checkpoint(tmp_path, name)
+    # The longest prompt goes in pieces, so that a prompt, too, reads what was quantized.
+    options = {"kv_cache_dtype": kv_cache_dtype, "max_prefill_tokens": 64}
+    whole = logits_of_every_step(tmp_path, num_attention_workers=0, **options)
+    split = logits_of_every_step(tmp_path, num_attention_workers=1, **options)
+    for a, b in zip(whole, split, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def first_logits(directory, **settings) -> np.ndarray:
+    """Of the longest prompt."""
+    with LLM(directory, num_attention_workers=0, **settings) as llm:
+        run, seen = llm._worker.run_with_logits, []
+
+        def recorded(plans):
+            results = run(plans)
+            seen.extend(np.asarray(logits)[plan.emits] for plan, (_, logits) in zip(plans, results, strict=True))
+            return results
+
+        llm._worker.run_with_logits = recorded
+        llm.generate(PROMPTS[-1:], SamplingParams(temperature=0.0, max_tokens=1), use_tqdm=False)
+        (logits,) = np.concatenate(seen)
+        return logits
+
+
+@pytest.mark.parametrize(("kv_cache_dtype", "tolerance"), [("int8", 0.2)])
+def test_logits_over_a_quantized_cache_are_near_those_over_the_models_own(tmp_path, kv_cache_dtype, tolerance):
+    write_tiny_checkpoint(tmp_path, "gqa")
+    exact = first_logits(tmp_path, max_prefill_tokens=64)
+    quantized = first_logits(tmp_path, max_prefill_tokens=64, kv_cache_dtype=kv_cache_dtype)
+    error = np.abs(quantized - exact).max()
+    # Not zero: the cache was quantized, and read.
+    assert 1e-4 < error < tolerance
+
+
 @pytest.mark.parametrize("num_attention_workers", [2, 3])
 def test_split_over_workers_equals_unsplit_within_1e_5(tmp_path, num_attention_workers):
     write_tiny_checkpoint(tmp_path, "gqa")

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from lamina_jax.attention.cache import PagedCache, StepTables
 from lamina_jax.attention.merge import Partial
 from lamina_jax.attention.params import LayerParams
+from lamina_jax.attention.quantization import AUTO
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,9 @@ class KernelTarget:
     compute_capability: str | None = None
     """Of a CUDA device, such as "9.0"; None where it is not known."""
     dtype: str
-    """Of the KV cache."""
+    """Of queries, keys and values."""
+    kv_cache_dtype: str = AUTO
+    """How the cache holds them: a name in `quantization.STORED`."""
     head_dim: int
     page_size: int
     """Tokens in a page."""

@@ -16,6 +16,7 @@ from lamina_jax.attention.kernels.base import KernelTarget
 from lamina_jax.attention.kernels.xla import XlaKernel
 from lamina_jax.attention.merge import Partial
 from lamina_jax.attention.params import LayerParams
+from lamina_jax.attention.quantization import is_quantized, stored_dtype
 
 BLOCK = 64
 """Keys of one step of the kernel: the rows of one tensor core instruction."""
@@ -70,6 +71,11 @@ class MosaicKernel(XlaKernel):
                 f"The attention kernel 'mosaic' needs a KV cache of bfloat16 or float16, got {target.dtype}; "
                 "set dtype, or use attention_kernel='xla'."
             )
+        if is_quantized(stored_dtype(target.kv_cache_dtype, target.dtype)):
+            raise ValueError(
+                f"The attention kernel 'mosaic' does not read a quantized KV cache, got {target.kv_cache_dtype}; set "
+                "kv_cache_dtype='auto', or use attention_kernel='xla'."
+            )
         if target.head_dim not in (64, 128, 192, 256):
             raise ValueError(
                 f"The attention kernel 'mosaic' needs a head_dim of 64, 128, 192 or 256, got {target.head_dim}; "
@@ -98,7 +104,12 @@ class MosaicKernel(XlaKernel):
         batch, tokens, num_heads, head_dim = q_shape
         num_layers, num_pages, num_kv_heads, page_size, _ = cache.k.shape
         # Which device this is compiled for is not known here, and interpret mode runs on any.
-        self.check(KernelTarget(platform="cuda", dtype=cache.k.dtype.name, head_dim=head_dim, page_size=page_size))
+        name = cache.k.dtype.name
+        if cache.scales is not None:
+            raise ValueError(
+                f"The attention kernel 'mosaic' does not read a quantized KV cache, got one of {name}; use 'xla'."
+            )
+        self.check(KernelTarget(platform="cuda", dtype=name, head_dim=head_dim, page_size=page_size))
         if num_layers * num_pages * num_kv_heads >= 2**31:
             raise ValueError(
                 f"The attention kernel 'mosaic' counts pages in int32; {num_layers} layers x {num_pages} pages x "

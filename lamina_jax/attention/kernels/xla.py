@@ -5,7 +5,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, Shaped
 
 from lamina_jax.attention.cache import PagedCache, StepTables
 from lamina_jax.attention.kernels.base import AttentionKernel
@@ -21,16 +21,28 @@ class XlaKernel(AttentionKernel):
     def attend_cached(self, q, cache: PagedCache, layer, tables: StepTables, params: LayerParams) -> Partial:
         k = _gather(cache.k, layer, tables.block_tables)
         v = _gather(cache.v, layer, tables.block_tables)
+        k_scales = v_scales = None
+        if cache.scales is not None:
+            scales = jnp.swapaxes(cache.scales, 3, 4)
+            k_scales, v_scales = jnp.moveaxis(_gather(scales, layer, tables.block_tables), (3, 1), (0, 3))
+            k, v = k.astype(q.dtype), v.astype(weights_dtype(q.dtype))
         context_lens = jnp.asarray(tables.context_lens)[:, None]
         key = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
         query = context_lens + jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
         cached = (key < context_lens)[:, None, :]
-        return Partial.of_scores(_scores(q, k, params, mask=cached & _in_window(query, key, params)), v)
+        mask = cached & _in_window(query, key, params)
+        return Partial.of_scores(_scores(q, k, params, mask=mask, k_scales=k_scales), v, v_scales)
 
     def attend_new(self, q, k, v, params: LayerParams) -> Partial:
         token = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
         causal = token[:, :, None] >= token[:, None, :]
         return Partial.of_scores(_scores(q, k, params, mask=causal & _in_window(token, token, params)), v)
+
+
+def weights_dtype(dtype: DTypeLike) -> np.dtype:
+    """What weights times the scales of a quantized cache are rounded to before they are multiplied by its values, in a
+    model of `dtype`. Such small numbers leave float16's range; bfloat16 has that of float32."""
+    return jnp.dtype("bfloat16" if jnp.dtype(dtype) == jnp.float16 else dtype)
 
 
 def _in_window(
@@ -44,19 +56,25 @@ def _in_window(
 
 def _gather(
     pages: Array, layer: Array, block_tables: Array | np.ndarray
-) -> Float[Array, "batch keys num_kv_heads head_dim"]:
+) -> Shaped[Array, "batch keys num_kv_heads head_dim"]:
     found = pages[layer, block_tables]
     batch, max_pages, num_kv_heads, page_size, head_dim = found.shape
     return jnp.moveaxis(found, 2, 3).reshape(batch, max_pages * page_size, num_kv_heads, head_dim)
 
 
 def _scores(
-    q: Array, k: Array, params: LayerParams, mask: Bool[Array, "rows tokens keys"]
+    q: Array,
+    k: Array,
+    params: LayerParams,
+    mask: Bool[Array, "rows tokens keys"],
+    k_scales: Float[Array, "batch num_kv_heads keys"] | None = None,
 ) -> Float[Array, "batch num_kv_heads group tokens keys"]:
     batch, tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
     grouped = q.reshape(batch, tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    if k_scales is not None:
+        scores = scores * k_scales[:, :, None, None]
     # Rounded here and nowhere else: a fusion that computes exp(score * scale - maximum) may contract it to one
     # multiply-add, and whether there is such a fusion depends on the program around the kernel.
     scores = jax.lax.optimization_barrier(scores * params.scale)
