@@ -103,7 +103,6 @@ def define_engine_flags() -> None:
     flags.DEFINE_bool("overlap", True, "Start attention over the cache while k and v are still being computed.")
     flags.DEFINE_integer(
         "kv_cache_bytes",
-        "kv_cache_dtype",
         None,
         "Memory for the KV cache; if not given, a quarter of what is free at most.",
         lower_bound=1,
