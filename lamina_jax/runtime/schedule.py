@@ -34,7 +34,7 @@ def turns(batches: Sequence[int], num_slices: int, *, num_batches: int, first_sl
         batches: which of the batches in flight take part, in increasing order.
         num_slices: slices of a step, one more than the model has attends.
         num_batches: batches in flight, n.
-        first_slice: slices that each batch has had before, in all its steps: the rotation goes on where it was.
+        first_slice: slices of all steps before, counted as if every batch had taken part: the rotation goes on there.
     """
     n, replicas = num_batches, num_replicas(num_batches)
     return sorted(
