@@ -72,7 +72,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(wildcard custom_calls/* custom_ca
 	touch $@
 
 # The plugin's own dependencies are the libraries that run programs (cuDNN, NCCL, ..), gigabytes that no compiler needs.
-$(AOT_INSTALLED): pyproject.toml constraints.txt constraints-aot.txt $(wildcard custom_calls/*)
+$(AOT_INSTALLED): pyproject.toml constraints.txt constraints-aot.txt $(wildcard custom_calls/* custom_calls/cuda/*)
 	test -x $(AOT)/bin/python || $(PYTHON) -m venv $(AOT)
 	$(AOT_PIP) --upgrade pip
 	$(AOT_PIP) jax jaxlib nvidia-cuda-nvcc scikit-build-core nanobind ninja cmake

@@ -183,8 +183,7 @@ class LLM:
 
     def validate(self, prompt: Prompt, params: SamplingParams) -> None:
         """Raises ValueError, saying what is wrong, if the request could not be run."""
-        text, token_ids = self._checked(prompt, params)
-        del text, token_ids
+        self._checked(prompt, params)
 
     def generate(
         self,
