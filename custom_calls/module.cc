@@ -13,6 +13,7 @@
 #include "handle.h"
 #include "registry.h"
 #include "shm_channel.h"
+#include "tcp_module.h"
 #include "timeline.h"
 
 namespace nb = nanobind;
@@ -88,6 +89,8 @@ NB_MODULE(_custom_calls, module) {
       .def_static("attach", &Attach, nb::arg("writer"), nb::arg("peer"), nb::arg("path"), nb::arg("num_slots"),
                   nb::arg("slot_bytes"), nb::arg("timeout_s"), nb::arg("spin_us"), no_gil)
       .def_prop_ro("path", &Path);
+
+  BindTcp(module);
 
   module.attr("ANY_DEVICE") = kAnyDevice;
   module.def("name_tag", &NameTag, nb::arg("tag"), nb::arg("name"));

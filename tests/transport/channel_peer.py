@@ -31,8 +31,9 @@ from lamina_jax.transport import (
 
 DTYPES = ("bfloat16", "float16", "float32", "int32")
 LIMIT_S = 60.0  # what no answer of a healthy peer takes
-ON_CPU: dict[str, dict] = {"shm": {}, "cuda_host": {"device": None}, answering.KIND: {}}
+ON_CPU: dict[str, dict] = {"shm": {}, "tcp": {}, "cuda_host": {"device": None}, answering.KIND: {}}
 """The kinds whose ends a CPU can operate both, and what `create` has to be told for it."""
+OVER_NETWORKS = ("tcp",)
 
 answering.register()
 
