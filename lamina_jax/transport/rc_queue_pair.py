@@ -124,19 +124,18 @@ class CompletionQueue:
         context = ctypes.c_void_p(ctypes.cast(pd.pd, ctypes.POINTER(ctypes.c_void_p))[0])
         self._channel = _made(self._verbs.ibv_create_comp_channel(context), "ibv_create_comp_channel")
         channel = ctypes.c_void_p(self._channel)
-        self.pointer: int | None = self._verbs.ibv_create_cq(context, depth, None, channel, 0)
-        """To the `ibv_cq`; None once closed."""
-        if not self.pointer:
-            error = ctypes.get_errno()
+        try:
+            made = self._verbs.ibv_create_cq(context, depth, None, channel, 0)
+            self.pointer = _made(made, f"ibv_create_cq of {depth} entries")
+            """To the `ibv_cq`."""
+        except BaseException:
             self._verbs.ibv_destroy_comp_channel(channel)
-            raise OSError(error, f"ibv_create_cq of {depth} entries failed: {os.strerror(error)}")
+            raise
 
     def close(self) -> None:
-        """Gives it up; the queue pairs that complete here must be closed. May be called twice."""
-        if self.pointer:
-            self._verbs.ibv_destroy_cq(ctypes.c_void_p(self.pointer))
-            self._verbs.ibv_destroy_comp_channel(ctypes.c_void_p(self._channel))
-        self.pointer = None
+        """Gives it up; the queue pairs that complete here must be closed."""
+        self._verbs.ibv_destroy_cq(ctypes.c_void_p(self.pointer))
+        self._verbs.ibv_destroy_comp_channel(ctypes.c_void_p(self._channel))
 
 
 class RcQueuePair:
@@ -179,8 +178,8 @@ class RcQueuePair:
             max_inline_data=max_inline,
         )
         made = self._verbs.ibv_create_qp(ctypes.c_void_p(pd.pd), ctypes.byref(attr))
-        self.pointer: int | None = _made(made, f"ibv_create_qp with {send_depth} send requests")
-        """To the `ibv_qp`; None once closed."""
+        self.pointer = _made(made, f"ibv_create_qp with {send_depth} send requests")
+        """To the `ibv_qp`."""
         self.max_inline = int(attr.cap.max_inline_data)
         """Bytes that a request carries itself at most."""
 
@@ -226,10 +225,8 @@ class RcQueuePair:
             raise OSError(error, f"the queue pair does not become {state}: {os.strerror(error)}")
 
     def close(self) -> None:
-        """Ends the connection. May be called twice."""
-        if self.pointer:
-            self._verbs.ibv_destroy_qp(ctypes.c_void_p(self.pointer))
-        self.pointer = None
+        """Ends the connection."""
+        self._verbs.ibv_destroy_qp(ctypes.c_void_p(self.pointer))
 
 
 def verbs_library() -> ctypes.CDLL:

@@ -230,6 +230,7 @@ class _End:
         self._memory_region = memory_region
         self._qp = qp
         self._closing = threading.Lock()
+        self._closed = False
         _ends.add(self)
         self._location = _Location(
             host=socket.gethostname(),
@@ -282,6 +283,7 @@ class _End:
                 send_depth=send_depth,
                 recv_depth=recv_depth,
                 where=opened.name,
+                state_file=f"/sys/class/infiniband/{opened.port.nic}/ports/{opened.port.port}/state",
             )
             end = cls(opened, handle, cq, region, qp)
             undo.pop_all()
@@ -299,8 +301,9 @@ class _End:
 
     def close(self) -> None:
         with self._closing:
-            if self._qp.pointer is None:
+            if self._closed:
                 return
+            self._closed = True
             self.handle.close()
             self._qp.close()
             self._memory_region.close()
