@@ -28,6 +28,10 @@ CHANNEL_CASES = [
     "shared_queue",
     "link_down",
     "closes_once_delivered",
+    "peer_gone",
+    "long_waits",
+    "one_probe",
+    "delivered_before_gone",
     "bad_keys",
     "credit_fails",
     "stalled",
@@ -35,6 +39,9 @@ CHANNEL_CASES = [
     "proxy_shared_queue",
     "proxy_link_down",
     "proxy_closes_once_delivered",
+    "proxy_peer_gone",
+    "proxy_long_waits",
+    "proxy_one_probe",
 ]
 NIC_CASES = [
     "good_one",
@@ -211,6 +218,34 @@ MUTATIONS = [
         "gda_channel.h",
         "read - end.credited < CreditBatch(end.num_slots)",
         "true",
+    ),
+    Mutation(
+        "who waits does not ask whether the peer is there",
+        "waiting.h",
+        "now - probed < kProbeNs",
+        "true",
+        "peer_gone",
+    ),
+    Mutation(
+        "who waits asks again and again, though nothing is answered",
+        "gda_queue.h",
+        "AtomicCasDevice(&queue.state->reserved, completed, completed + 1) != completed",
+        "Post(queue, &write, 1, deadline_ns) == kOk",
+        "one_probe",
+    ),
+    Mutation(
+        "the CPU proxy does not say what is complete",
+        "gda_proxy_thread.cc",
+        "StoreReleaseSystem(&proxy_.words->completed, completed);",
+        ";",
+        "proxy_long_waits",
+    ),
+    Mutation(
+        "a credit that nobody takes fails the message before it",
+        "gda_channel.h",
+        "error == kStuck",
+        "error != kOk",
+        "delivered_before_gone",
     ),
 ]
 
