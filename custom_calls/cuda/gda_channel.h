@@ -72,12 +72,17 @@ LAMINA_DEVICE void TellPeer(const End& end, std::uint64_t stop) {
   PostOf(end, &write, 1, NowNs() + kTellPeerNs);
 }
 
-// The host of this side stops the end: the peer learns of it. A closed end is shut to kernels that start from now on, and
-// its memory may go once the NIC has delivered what was sent; what went by the CPU proxy the host waits for.
-LAMINA_DEVICE void StopEnd(End& end, std::uint64_t stop) {
-  if (stop == kStopClosed) StoreRelaxedSystem(&end.id, std::uint64_t{0});
-  TellPeer(end, stop);
-  if (stop == kStopClosed && end.use_proxy == 0) Drain(end.queue, NowNs() + kDrainNs);
+// The host of this side has aborted the end: the peer learns of it.
+LAMINA_DEVICE void AbortEnd(const End& end) { TellPeer(end, kStopAborted); }
+
+// The host of this side closes the end: it is shut to kernels that start from now on, and its memory may go once the NIC
+// has delivered what was sent; what went by the CPU proxy the host waits for. Where all had ended before by an abort or a
+// failure, the peer keeps that word.
+LAMINA_DEVICE void CloseEnd(End& end) {
+  StoreRelaxedSystem(&end.id, std::uint64_t{0});
+  const bool aborted = LoadAcquireSystem(end.stop) == kStopAborted || LoadRelaxedSystem(&end.failed) != 0;
+  TellPeer(end, aborted ? kStopAborted : kStopClosed);
+  if (end.use_proxy == 0) Drain(end.queue, NowNs() + kDrainNs);
 }
 
 // Puts a failure on record, unless there is one already, and makes the peer fail too. Returns false, as callers do who

@@ -311,7 +311,7 @@ void ClosesOnceDelivered(bool use_proxy) {
   const Stamp stamp = {{9, 0, 0}};
   Stamp out{};
   const Call later = MakeCall({&channel.writer.end}, 1, stamp, out, {{data, 64}});
-  StopEnd(channel.writer.end, kStopClosed);
+  CloseEnd(channel.writer.end);
   if (use_proxy) Check(world.a.proxy_thread->Settle(cuda::NowNs() + 60'000'000'000), "the proxy has settled");
   Check(world.a.nic.writes() == 17 && world.a.state.completed == 17, "8 messages and the word that says so are there");
   RecvMany(channel.reader, 8, 64);
@@ -324,7 +324,7 @@ void ClosesOnceDelivered(bool use_proxy) {
   Check(world.a.nic.writes() == 17 && channel.writer.record.reason == 0, "a closed end sends nothing");
   world.b.nic.SetLink(nic_model::Link::kDown);
   const std::uint64_t before = cuda::NowNs();
-  StopEnd(channel.reader.end, kStopClosed);
+  CloseEnd(channel.reader.end);
   Check(cuda::NowNs() - before < 60'000'000'000, "closing over a broken link ends");
   CheckClean(world);
 }

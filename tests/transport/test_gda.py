@@ -56,6 +56,14 @@ NIC_CASES = [
     "flush",
     "completion_overrun",
 ]
+END_CASES = [
+    "exchange",
+    "replayed",
+    "closed_after_abort",
+    "no_kernel_to_close",
+    "proxy_exchange",
+    "proxy_replayed",
+]
 LAYOUT_CASES = ["pointer", "inline", "doorbell", "completions"]
 
 
@@ -106,6 +114,20 @@ def test_bytes_are_those_of_rdma_core(tmp_path):
     program = tmp_path / "gda_layout"
     build(program, ["gda_layout.cc"], ADDRESS)
     require_ok(program, LAYOUT_CASES)
+
+
+def test_ends_over_a_cuda_of_the_host(tmp_path):
+    """What graphs that outlive their channel touch, too."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("needs nvcc, for CUDA's headers")
+    program = tmp_path / "gda_end"
+    flags = ["-std=c++20", "-O1", "-g", "-cudart", "none"]
+    host = f"-Xcompiler=-Wall,-Wextra,-Werror,-pthread,{','.join(f'-fsanitize={name}' for name in ADDRESS.split(','))}"
+    include = [f"-I{CUSTOM_CALLS}", f"-I{CUSTOM_CALLS / 'cuda'}", f"-I{HERE}"]
+    files = [HERE / "gda_end.cc", *(CUSTOM_CALLS / name for name in [*LIBRARY, "cuda/gda_end.cc"])]
+    subprocess.run([nvcc, *flags, host, *include, *map(str, files), "-o", str(program)], check=True, timeout=300)
+    require_ok(program, END_CASES)
 
 
 def test_kernels_on_a_gpu(tmp_path):
