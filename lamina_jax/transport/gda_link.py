@@ -23,7 +23,7 @@ import importlib
 import ipaddress
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -226,15 +226,22 @@ class Link:
         _require(4 <= log_wqes <= MAX_LOG_WQES, f"num_wqes must be 16 to {1 << MAX_LOG_WQES}, got {num_wqes}")
         self.gpu, self._port, self._gid_index = gpu, port, gid_index
         self._calls = _calls()
-        self._context = _module("pyverbs.device", "the package pyverbs").Context(name=device)
-        self.pd = _module("pyverbs.pd", "the package pyverbs").PD(self._context)
-        self._verbs, self._mlx5 = _library("libibverbs.so.1"), _library("libmlx5.so.1")
-        for name in ("ibv_create_cq", "ibv_create_qp"):
-            getattr(self._verbs, name).restype = ctypes.c_void_p
-        self._cq = self._create_cq(num_wqes)
-        self._qp = self._create_qp(num_wqes)
         self._psn = int.from_bytes(os.urandom(3), "little")
-        self.queue = self._describe_queue()
+        with ExitStack() as undo:
+            self._context = _module("pyverbs.device", "the package pyverbs").Context(name=device)
+            undo.callback(self._context.close)
+            self.pd = _module("pyverbs.pd", "the package pyverbs").PD(self._context)
+            undo.callback(self.pd.close)
+            self._verbs, self._mlx5 = _library("libibverbs.so.1"), _library("libmlx5.so.1")
+            for name in ("ibv_create_cq", "ibv_create_qp"):
+                getattr(self._verbs, name).restype = ctypes.c_void_p
+            self._cq = self._create_cq(num_wqes)
+            undo.callback(self._verbs.ibv_destroy_cq, ctypes.c_void_p(self._cq))
+            self._qp = self._create_qp(num_wqes)
+            undo.callback(self._verbs.ibv_destroy_qp, ctypes.c_void_p(self._qp))
+            self.queue = self._describe_queue()
+            undo.callback(self.queue.close)
+            self._undo = undo.pop_all()
 
     def _create_cq(self, num_wqes: int) -> int:
         # The first field of struct ibv_pd is the context.
@@ -301,8 +308,9 @@ class Link:
         attr.ah_attr.grh.sgid_index, attr.ah_attr.grh.hop_limit = self._gid_index, 64
         ctypes.memmove(ctypes.addressof(attr.ah_attr.grh), peer.gid, 16)
         self._modify(attr, _MASK_RTR, "RTR")
-        # A retry after 4.096 us * 2^14 = 67 ms, seven times: half a second until a dead peer is an error.
-        attr.qp_state, attr.sq_psn, attr.timeout, attr.retry_cnt, attr.rnr_retry = _RTS, own.psn, 14, 7, 7
+        # A retry after 4.096 us * 2^13 = 34 ms, seven times: a dead peer is an error after 0.3 s. A NIC may take four
+        # times as long, 1.1 s, which leaves room for a probe (kProbeNs) in the two seconds that a channel has.
+        attr.qp_state, attr.sq_psn, attr.timeout, attr.retry_cnt, attr.rnr_retry = _RTS, own.psn, 13, 7, 7
         attr.max_rd_atomic = 1
         self._modify(attr, _MASK_RTS, "RTS")
 
@@ -313,11 +321,7 @@ class Link:
 
     def close(self) -> None:
         """Ends the connection. Close the ends on it first."""
-        self.queue.close()
-        self._verbs.ibv_destroy_qp(ctypes.c_void_p(self._qp))
-        self._verbs.ibv_destroy_cq(ctypes.c_void_p(self._cq))
-        self.pd.close()
-        self._context.close()
+        self._undo.close()
 
 
 class GdaEnd:
@@ -359,7 +363,10 @@ class GdaEnd:
             slot_bytes=slot_bytes,
             timeout_s=timeout_s,
         )
-        self._memory_region, self._nic_address = self._register()
+        with ExitStack() as undo:
+            undo.callback(self._end.close)
+            self._memory_region, self._nic_address = self._register()
+            undo.pop_all()
 
     def _register(self) -> tuple[Any, int]:
         """The memory region, and the address by which the NIC knows its start.

@@ -3,6 +3,7 @@
 import ctypes
 import importlib.util
 import subprocess
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,6 +95,119 @@ def test_link_refuses(arguments, message):
 def test_link_says_what_is_missing():
     with pytest.raises(ImportError, match=r"gda channels need .*(nvcc|pyverbs)"):
         gda_link.Link(device="mlx5_0", gpu=0)
+
+
+class Machine:
+    """In place of pyverbs, rdma-core and the CUDA build: notes what is made and destroyed, and refuses one thing."""
+
+    def __init__(self, refused: str = ""):
+        self.refused = refused
+        self.events: list[str] = []
+        self._pd, self._head = ctypes.c_void_p(0x77), gda_link._QpHead(qp_num=5)
+
+    def make(self, name: str) -> None:
+        if name == self.refused:
+            raise OSError(f"no {name}")
+        self.events.append(f"+{name}")
+
+    def made(self, name: str, **attributes: Any) -> Any:
+        """Something with a `close`."""
+        self.make(name)
+        return SimpleNamespace(close=lambda: self.events.append(f"-{name}"), **attributes)
+
+    def module(self, name: str, needed: str) -> Any:
+        del needed
+        return {
+            "pyverbs.device": SimpleNamespace(Context=lambda name: self.made("context")),
+            "pyverbs.pd": SimpleNamespace(PD=lambda context: self.made("pd", pd=ctypes.addressof(self._pd))),
+        }[name]
+
+    def library(self, name: str) -> Any:
+        self.make(name)
+        if name == "libmlx5.so.1":
+            return SimpleNamespace(mlx5dv_init_obj=self._describe)
+
+        def create(what: str, pointer: int) -> Any:
+            def create(*_: object) -> int | None:
+                if what == self.refused:
+                    return None
+                self.make(what)
+                return pointer
+
+            return create
+
+        def destroy(what: str, pointer: int) -> Any:
+            def destroy(got: ctypes.c_void_p) -> int:
+                assert got.value == pointer
+                self.events.append(f"-{what}")
+                return 0
+
+            return destroy
+
+        queue_pair = ctypes.addressof(self._head)
+        return SimpleNamespace(
+            ibv_create_cq=create("cq", 0x99),
+            ibv_create_qp=create("qp", queue_pair),
+            ibv_destroy_cq=destroy("cq", 0x99),
+            ibv_destroy_qp=destroy("qp", queue_pair),
+        )
+
+    def _describe(self, obj: Any, flags: Any) -> int:
+        del flags
+        dv_qp = ctypes.cast(obj._obj.pointers[1], ctypes.POINTER(gda_link._DvQp)).contents
+        dv_qp.sq.wqe_cnt, dv_qp.sq.stride = 512, 64
+        dv_cq = ctypes.cast(obj._obj.pointers[3], ctypes.POINTER(gda_link._DvCq)).contents
+        dv_cq.cqe_cnt, dv_cq.cqe_size = 1024, 64
+        return 0
+
+    def calls(self) -> Any:
+        queue = SimpleNamespace(make=lambda **_: self.made("queue", uses_proxy=False))
+        end = SimpleNamespace(make=lambda **_: self.made("end", region=0, region_bytes=64, export_dmabuf=lambda: -1))
+        return SimpleNamespace(GpuQueue=queue, GpuEnd=end)
+
+    def replace(self, monkeypatch: pytest.MonkeyPatch) -> "Machine":
+        for name in ("module", "library", "calls"):
+            monkeypatch.setattr(gda_link, f"_{name}", getattr(self, name))
+        return self
+
+
+STEPS = ["context", "pd", "libibverbs.so.1", "libmlx5.so.1", "cq", "qp", "queue"]
+
+
+def undone(steps: list[str]) -> list[str]:
+    return [f"-{step}" for step in reversed(steps) if not step.startswith("lib")]
+
+
+def test_link_undoes_what_it_did(monkeypatch):
+    machine = Machine().replace(monkeypatch)
+    link = gda_link.Link(device="mlx5_0", gpu=0)
+    assert machine.events == [f"+{step}" for step in STEPS]
+    machine.events.clear()
+    link.close()
+    assert machine.events == undone(STEPS)
+
+
+@pytest.mark.parametrize("refused", STEPS)
+def test_link_that_is_refused_leaves_nothing(monkeypatch, refused):
+    machine = Machine(refused).replace(monkeypatch)
+    with pytest.raises(OSError, match=rf"no {refused}|ibv_create_{refused} .*failed"):
+        gda_link.Link(device="mlx5_0", gpu=0)
+    before = STEPS[: STEPS.index(refused)]
+    assert machine.events == [f"+{step}" for step in before] + undone(before)
+
+
+def test_end_whose_memory_is_refused_leaves_nothing(monkeypatch):
+    machine = Machine().replace(monkeypatch)
+    link = gda_link.Link(device="mlx5_0", gpu=0)
+    machine.events.clear()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no memory region")
+
+    monkeypatch.setattr(gda_link, "_module", lambda name, needed: SimpleNamespace(MR=refuse))
+    with pytest.raises(OSError, match="no memory region"):
+        gda_link.GdaEnd(link, role="writer", peer="the peer", slot_bytes=64)
+    assert machine.events == ["+end", "-end"]
 
 
 @pytest.mark.parametrize(
