@@ -39,7 +39,7 @@ KIND: Final = "verbs"
 # Those that nobody closes are closed when the process exits: pyverbs cannot any more once modules are torn down.
 _ends: "weakref.WeakSet[_End]" = weakref.WeakSet()
 
-# 4.096 us * 2^15 = 134 ms, times 1 + 7: a dead peer is an error about a second after something is sent to it.
+# 4.096 us * 2^15 = 134 ms, times 1 + 6: a dead peer is an error about a second after something is sent to it.
 _RETRY_TIMEOUT: Final = 15
 _MAX_INLINE: Final = 256
 # Beside messages: words that say that the peer has stopped, or ask whether it is there.
@@ -257,7 +257,7 @@ class _End:
                 **options,
             )
             undo.callback(handle.close)
-            cq = CompletionQueue(opened.pd, send_depth + recv_depth)
+            cq = CompletionQueue(opened.pd, send_depth + recv_depth, wakes=True)
             undo.callback(cq.close)
             with _memory_advice(handle.region_bytes):
                 access = LOCAL_WRITE | REMOTE_WRITE
