@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from lamina_jax.transport import gda_link
+from lamina_jax.transport import gda_link, rc_queue_pair
 
 HEADERS = "#include <cstddef>\n#include <cstdio>\n#include <infiniband/mlx5dv.h>\n"
 
 STRUCTURES = {
-    "ibv_qp_cap": gda_link._Cap,
-    "ibv_qp_init_attr": gda_link._QpInitAttr,
-    "ibv_global_route": gda_link._GlobalRoute,
-    "ibv_ah_attr": gda_link._AhAttr,
-    "ibv_qp_attr": gda_link._QpAttr,
-    "ibv_qp": gda_link._QpHead,
+    "ibv_qp_cap": rc_queue_pair._Cap,
+    "ibv_qp_init_attr": rc_queue_pair._QpInitAttr,
+    "ibv_global_route": rc_queue_pair._GlobalRoute,
+    "ibv_ah_attr": rc_queue_pair._AhAttr,
+    "ibv_qp_attr": rc_queue_pair._QpAttr,
+    "ibv_qp": rc_queue_pair._QpHead,
     "mlx5dv_qp": gda_link._DvQp,
     "mlx5dv_cq": gda_link._DvCq,
 }
@@ -26,20 +26,20 @@ STRUCTURES = {
 PATHS = {"bf_reg": "bf.reg", "bf_size": "bf.size"}
 
 CONSTANTS = {
-    "IBV_QPT_RC": gda_link._RC,
-    "IBV_QPS_INIT": gda_link._INIT,
-    "IBV_QPS_RTR": gda_link._RTR,
-    "IBV_QPS_RTS": gda_link._RTS,
-    "IBV_LINK_LAYER_ETHERNET": gda_link._ETHERNET,
-    "IBV_ACCESS_LOCAL_WRITE": gda_link._LOCAL_WRITE,
-    "IBV_ACCESS_REMOTE_WRITE": gda_link._REMOTE_WRITE,
+    "IBV_QPT_RC": rc_queue_pair._RC,
+    "IBV_QPS_INIT": rc_queue_pair._INIT,
+    "IBV_QPS_RTR": rc_queue_pair._RTR,
+    "IBV_QPS_RTS": rc_queue_pair._RTS,
+    "IBV_LINK_LAYER_ETHERNET": rc_queue_pair._ETHERNET,
+    "IBV_ACCESS_LOCAL_WRITE": rc_queue_pair.LOCAL_WRITE,
+    "IBV_ACCESS_REMOTE_WRITE": rc_queue_pair.REMOTE_WRITE,
     "MLX5DV_OBJ_QP": gda_link._OBJ_QP,
     "MLX5DV_OBJ_CQ": gda_link._OBJ_CQ,
-    "IBV_QP_STATE | IBV_QP_ACCESS_FLAGS | IBV_QP_PKEY_INDEX | IBV_QP_PORT": gda_link._MASK_INIT,
+    "IBV_QP_STATE | IBV_QP_ACCESS_FLAGS | IBV_QP_PKEY_INDEX | IBV_QP_PORT": rc_queue_pair._MASK_INIT,
     "IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_RQ_PSN | IBV_QP_MIN_RNR_TIMER | IBV_QP_MAX_DEST_RD_ATOMIC"
-    " | IBV_QP_DEST_QPN": gda_link._MASK_RTR,
+    " | IBV_QP_DEST_QPN": rc_queue_pair._MASK_RTR,
     "IBV_QP_STATE | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_MAX_QP_RD_ATOMIC"
-    " | IBV_QP_SQ_PSN": gda_link._MASK_RTS,
+    " | IBV_QP_SQ_PSN": rc_queue_pair._MASK_RTS,
     "sizeof(mlx5dv_obj)": ctypes.sizeof(gda_link._DvObj),
     "offsetof(mlx5dv_obj, cq)": 2 * ctypes.sizeof(ctypes.c_void_p),
 }
@@ -65,7 +65,7 @@ def headers() -> None:
 def test_structures_are_those_of_rdma_core(tmp_path):
     expected: dict[str, int] = dict(CONSTANTS)
     for name, structure in STRUCTURES.items():
-        if structure is not gda_link._QpHead:  # only the start of it
+        if structure is not rc_queue_pair._QpHead:  # only the start of it
             expected[f"sizeof({name})"] = ctypes.sizeof(structure)
         for field, *_ in structure._fields_:
             expected[f"offsetof({name}, {PATHS.get(field, field)})"] = getattr(structure, field).offset
@@ -103,7 +103,7 @@ class Machine:
     def __init__(self, refused: str = ""):
         self.refused = refused
         self.events: list[str] = []
-        self._pd, self._head = ctypes.c_void_p(0x77), gda_link._QpHead(qp_num=5)
+        self._pd, self._head = ctypes.c_void_p(0x77), rc_queue_pair._QpHead(qp_num=5)
 
     def make(self, name: str) -> None:
         if name == self.refused:
@@ -124,9 +124,10 @@ class Machine:
 
     def library(self, name: str) -> Any:
         self.make(name)
-        if name == "libmlx5.so.1":
-            return SimpleNamespace(mlx5dv_init_obj=self._describe)
+        return SimpleNamespace(mlx5dv_init_obj=self._describe)
 
+    @property
+    def verbs(self) -> Any:
         def create(what: str, pointer: int) -> Any:
             def create(*_: object) -> int | None:
                 if what == self.refused:
@@ -168,10 +169,11 @@ class Machine:
     def replace(self, monkeypatch: pytest.MonkeyPatch) -> "Machine":
         for name in ("module", "library", "calls"):
             monkeypatch.setattr(gda_link, f"_{name}", getattr(self, name))
+        monkeypatch.setattr(rc_queue_pair, "verbs_library", lambda: self.verbs)
         return self
 
 
-STEPS = ["context", "pd", "libibverbs.so.1", "libmlx5.so.1", "cq", "qp", "queue"]
+STEPS = ["context", "pd", "libmlx5.so.1", "cq", "qp", "queue"]
 
 
 def undone(steps: list[str]) -> list[str]:
