@@ -6,9 +6,9 @@
         print(b.run(["ib_write_lat", "-d", DEVICE, "-x", "1", "-F", a.address], timeout_s=60))
         server.wait(timeout_s=10)
 
-Each is a QEMU without hardware acceleration that runs a stock kernel on this machine's own files, read-only below a layer
-of memory: the checkout, its virtual environment and every program lie where they lie here. /dev/shm is its own, and
-what it writes is gone with it, but for its `folder`, which has the same path in both and keeps what is written there.
+Each is a QEMU without hardware acceleration that runs a stock kernel on this machine's own files, read-only below a
+layer of memory: the checkout, its virtual environment and every program lie where they lie here. What a machine writes
+is gone with it, but for its `folder`, which has the same path in both and keeps what is written there.
 Jobs run as root. Two machines have an Ethernet link between their eth0, each with the Soft-RoCE device `DEVICE`; a
 single one has an eth0 without a link, and `LOOPBACK_DEVICE` on lo besides.
 
@@ -287,8 +287,14 @@ class Machine:
         self._configure(netem if percent else "tc qdisc del dev eth0 root 2>/dev/null || true")
 
     def reset(self) -> list[str]:
-        """Kills what jobs have left, brings the link back, and empties /dev/shm. Returns what there was to clean up:
-        command lines and files."""
+        """Kills the jobs that still run, then what jobs have left behind; empties /dev/shm; brings the link back.
+
+        Returns what was left behind: command lines of processes and paths of files.
+        """
+        for job in self._jobs.values():
+            if job.pid is not None and job.status is None:
+                job.kill()
+                job.wait(timeout_s=30)
         number = next(self._numbers)
         self._ask(do="reset", job=number)
         if not self._wait_until(lambda: number in self._resets, 30.0, "killing what jobs left"):
@@ -329,14 +335,14 @@ class Machine:
 
     def set_up_network(self, *, linked: bool) -> None:
         """Gives eth0 its address and puts the RDMA devices on. Raises JobError with what the programs said."""
-        others = "" if linked else f"rdma link add {LOOPBACK_DEVICE} type rxe netdev lo\n{_wait_for_gid(LOOPBACK_DEVICE)}"
+        loopback = f"rdma link add {LOOPBACK_DEVICE} type rxe netdev lo\n{_wait_for_gid(LOOPBACK_DEVICE)}"
         self._configure(f"""
             {"" if linked else "ip link set dummy0 name eth0"}
             ip addr add {self.address}/24 dev eth0
             ip link set eth0 mtu {MTU} up
             rdma link add {DEVICE} type rxe netdev eth0
             {_wait_for_gid(DEVICE)}
-            {others}
+            {"" if linked else loopback}
         """)
 
     def _configure(self, script: str) -> None:
