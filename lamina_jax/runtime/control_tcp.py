@@ -206,7 +206,7 @@ class ControlListener(ControlThread):
         elif isinstance(message, wire.Bye) and arrival.descriptor not in self._leaving:
             self._leaving.add(arrival.descriptor)
         elif current is None or current.inbox.ended is not None or arrival.session != current.session:
-            self._count("unknown_session", f"in {type(message).__name__}")
+            self._count("unknown_session", "" if isinstance(message, wire.Beat) else f"in {type(message).__name__}")
         elif arrival.identity != self._identity or not current.hear(arrival.sequence, message):
             self._count("replayed", f"{type(message).__name__} number {arrival.sequence}")
         elif not self._confirmed:
@@ -353,8 +353,7 @@ class ControlLink(ControlThread):
 
     def _connect(self) -> None:
         self._dealer, self._monitor = self._socket(zmq.DEALER, self._host)
-        # Nothing is queued for a connection that is not there.
-        self._dealer.immediate = True
+        # Not ZMQ_IMMEDIATE: it drops what had come before a connection ended, such as why.
         self._dealer.reconnect_ivl = int(_RETRY_S * 1000)
         if self._key is not None:
             self._dealer.curve_serverkey = self._key.public
@@ -367,8 +366,8 @@ class ControlLink(ControlThread):
             for each in (self._dealer, self._monitor):
                 self._poller.unregister(each)
             self._dealer.disable_monitor()
-            self._dealer.close()
-            self._monitor.close()
+            self._dealer.close(linger=0)
+            self._monitor.close(linger=0)
         self._dealer, self._ask_at, self._retry_at = None, None, now + _RETRY_S
 
     def _see(self, event: int, now: float) -> None:
@@ -396,7 +395,7 @@ class ControlLink(ControlThread):
         if isinstance(message, wire.Opened | wire.Refused) and current is None and arrival.session == self._request:
             self._settle(message)
         elif current is None or current.inbox.ended is not None or arrival.session != current.session:
-            self._count("unknown_session", f"in {type(message).__name__}")
+            self._count("unknown_session", "" if isinstance(message, wire.Beat) else f"in {type(message).__name__}")
         elif not current.hear(arrival.sequence, message):
             self._count("replayed", f"{type(message).__name__} number {arrival.sequence}")
 

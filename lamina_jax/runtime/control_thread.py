@@ -70,7 +70,7 @@ class Counters:
     replayed: int = 0
     """Messages of the session with another sequence number than the next, or over another connection."""
     unknown_session: int = 0
-    """Messages of no session of now."""
+    """Messages of no session of now, also those that were under way when it ended."""
 
     def __str__(self) -> str:
         return ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in dataclasses.asdict(self).items())
@@ -136,7 +136,7 @@ class Conversation:
         try:
             self._transmit(wire.pack(self.session, self._sent, body))
         except zmq.Again:
-            self.inbox.end(f"it takes no messages: the connection is lost, or {_QUEUED} wait already")
+            self.inbox.end(f"it does not take messages; {_QUEUED} wait")
         except zmq.ZMQError:
             self.inbox.end("the connection is lost")
         self._sent += 1

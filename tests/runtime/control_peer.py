@@ -1,8 +1,8 @@
 """One end of a control connection in a process of its own, and the messages that the tests send.
 
-Run as `control_peer.py worker|engine ADDRESS KEY_FILE`; an empty KEY_FILE is no key. A worker prints its address, answers
-every Ping, and prints its counters (JSON) on SIGUSR1. An engine opens a session, prints "open", and at last the error
-that ends it.
+Run as `control_peer.py worker|engine ADDRESS KEY_FILE`; an empty KEY_FILE is no key. A worker prints its address,
+answers every Ping, and prints its counters (JSON) on SIGUSR1. An engine opens a session, prints "open", and at last the
+error that ends it.
 """
 
 import dataclasses

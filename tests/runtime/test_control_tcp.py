@@ -371,11 +371,17 @@ def test_what_came_before_the_end_is_received(listener, key):
         session.send(Pong(1))
 
 
-def test_a_listener_that_closes_tells_its_engine(key):
-    with listening(key) as listener, linked(listener.address, key) as link:
-        link.open(30.0, ignore)
-        listener.close("it was told to end")
-        assert "it was told to end" in ended(link)
+def test_ends_that_close_at_once_still_say_why(key):
+    for _ in range(20):
+        with listening(key) as listener, linked(listener.address, key) as link:
+            link.open(30.0, ignore)
+            listener.close("it was told to end")
+            assert "it was told to end" in ended(link)
+        with listening(key) as listener, linked(listener.address, key) as link:
+            link.open(30.0, ignore)
+            session = accepted(listener)
+            link.close("it has had enough")
+            assert "it has had enough" in ended(session)
 
 
 def test_other_engines_are_told_who_is_served(listener, key):
