@@ -54,9 +54,9 @@ class Cluster:
         return [("model_worker", self.model_worker), *workers]
 
     def _check_distinct(self) -> None:
-        names: dict[str, str] = {}
+        names: dict[tuple[str, int], str] = {}
         for name, address in self._named_addresses():
-            if (other := names.setdefault(address, name)) != name:
+            if (other := names.setdefault(split_address(address), name)) != name:
                 raise ValueError(f"{other} and {name} have the same address {address}; each needs a port of its own.")
 
     def _check_key(self) -> None:
