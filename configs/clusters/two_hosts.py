@@ -11,6 +11,6 @@ def get_config() -> ConfigDict:
             "model_worker": f"tcp://{HOST_A}:7100",
             "attention_workers": [f"tcp://{HOST_B}:{port}" for port in (7101, 7102)],
             "transport": "auto",
-            "key_file": "~/.lamina/cluster.key",
+            "key_file": "~/.config/lamina_jax/cluster.key",
         }
     )

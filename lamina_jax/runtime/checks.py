@@ -1,8 +1,8 @@
 """What `--check` of the launch scripts looks at before anything starts."""
 
+import contextlib
 import dataclasses
 import errno
-import importlib
 import importlib.metadata
 import os
 import platform
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Final, Literal
 
 from lamina_jax.runtime.cluster import Cluster, split_address
+from lamina_jax.runtime.cluster_key import load_key_file
+from lamina_jax.transport.rdma_devices import RdmaPort
 
 _REACH_TIMEOUT_S: Final = 3.0
 # Rings of a small model; those of a large one take hundreds of MiB, see docs/deploy.md.
@@ -50,10 +52,13 @@ def check_key(cluster: Cluster) -> Check:
         return Check(name=name, result="ok", detail="none needed: every address is loopback")
     try:
         load_key_file(cluster.key_file)
+    except FileNotFoundError:
+        how = "copy that of another host, or make one with scripts/make_cluster_key.py"
+        return Check(name=name, result="FAILED", detail=f"there is no {cluster.key_file}: {how}")
     except (OSError, ValueError) as error:
         return Check(name=name, result="FAILED", detail=str(error))
     mode = stat.S_IMODE(os.stat(cluster.key_file).st_mode)
-    return Check(name=name, result="ok", detail=f"{cluster.key_file}, mode {mode:03o}")
+    return Check(name=name, result="ok", detail=f"{cluster.key_file}, mode {mode:04o}")
 
 
 def check_own_address(address: str) -> Check:
@@ -61,34 +66,34 @@ def check_own_address(address: str) -> Check:
     name = "own address"
     host, port = split_address(address)
     try:
-        with socket.create_server((host, port), family=_family(host)):
-            return Check(name=name, result="ok", detail=f"{address}: is this host's, and the port is free")
+        socket.create_server((host, port), family=_family(host)).close()
     except OSError as error:
         reason = {
-            errno.EADDRINUSE: f"port {port} is in use; is this worker running already? See `ss -ltnp`",
-            errno.EADDRNOTAVAIL: f"{host} is not an address of this host; see `ip addr`, and which host this is",
+            errno.EADDRINUSE: f"port {port} is in use; see `ss -ltnp` for by whom",
+            errno.EADDRNOTAVAIL: f"{host} is not an address of this host; see `ip addr`",
         }.get(error.errno or 0, str(error))
         return Check(name=name, result="FAILED", detail=f"{address}: {reason}")
+    return Check(name=name, result="ok", detail=f"{address} is this host's, and the port is free")
 
 
-def check_reachable(name: str, address: str, *, required: bool) -> Check:
+def check_reachable(worker: str, address: str, *, required: bool) -> Check:
     """Whether something listens at a worker's control address.
 
     Args:
-        name: of the worker.
-        required: whether it has to be up already; a launch script waits for it.
+        worker: its name.
+        required: whether it has to be up by now; otherwise it may still come.
     """
     try:
         socket.create_connection(split_address(address), timeout=_REACH_TIMEOUT_S).close()
     except OSError as error:
         if isinstance(error, TimeoutError):
-            why = f"no answer within {_REACH_TIMEOUT_S:.0f} s: is the host up, and its firewall open?"
+            why = f"no answer within {_REACH_TIMEOUT_S:.0f} s; is the host up, and its firewall open for this port?"
         elif isinstance(error, ConnectionRefusedError):
-            why = "nothing listens there" + (": start that worker" if required else " yet; this worker will wait for it")
+            why = "nothing listens there yet" + ("; start that worker" if required else ", which is waited for")
         else:
             why = str(error)
-        return Check(name=name, result="FAILED" if required else "note", detail=f"{address}: {why}")
-    return Check(name=name, result="ok", detail=f"{address}: something listens there")
+        return Check(name=worker, result="FAILED" if required else "note", detail=f"{address}: {why}")
+    return Check(name=worker, result="ok", detail=f"{address} answers")
 
 
 def check_rdma(transport: str, *, device: str | None = None, sys: Path = Path("/sys")) -> list[Check]:
@@ -125,12 +130,14 @@ def check_memory_lock(limit: int, *, privileged: bool) -> Check:
     if privileged or limit == resource.RLIM_INFINITY:
         return Check(name=name, result="ok", detail="unlimited" + (" (CAP_IPC_LOCK)" if privileged else ""))
     if limit >= _LEAST_LOCKED:
-        return Check(name=name, result="ok", detail=f"{_mib(limit)}; a large model needs more, docs/deploy.md says what")
+        return Check(
+            name=name, result="ok", detail=f"{_mib(limit)}; a large model needs more, docs/deploy.md says what"
+        )
     return Check(
         name=name,
         result="FAILED",
-        detail=f"{_mib(limit)}, and channels register at least {_mib(_LEAST_LOCKED)}: `ulimit -l unlimited`, or memlock "
-        "in /etc/security/limits.conf, or LimitMEMLOCK of a systemd unit",
+        detail=f"{_mib(limit)}, and channels register {_mib(_LEAST_LOCKED)} or more: `ulimit -l unlimited`, memlock in "
+        "/etc/security/limits.conf, or LimitMEMLOCK of a systemd unit",
     )
 
 
@@ -164,3 +171,27 @@ def check_versions() -> Check:
 
 def _mib(number: int) -> str:
     return f"{number / 2**20:,.0f} MiB"
+
+
+def _rdma_port(device: str | None, sys: Path) -> RdmaPort:
+    """A port to use. Raises OSError with what is missing."""
+    names = sorted(path.name for path in (sys / "class/infiniband").glob("*"))
+    if not names:
+        raise OSError("no RDMA device")
+    if device not in (None, *names):
+        raise OSError(f"no RDMA device {device}; there are {', '.join(names)}")
+    return RdmaPort(nic=names[0], port=1, gid_index=0)
+
+
+def _active_mtu(port: RdmaPort) -> int:
+    """Bytes of a packet of the port. Raises ImportError without pyverbs, OSError if the device cannot be opened."""
+    raise ImportError("pyverbs is not installed: pip install 'lamina_jax[rdma]', see docs/deploy.md")
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def _may_lock_memory() -> bool:
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("CapEff:"))
+    return bool(int(line.split()[1], 16) >> _CAP_IPC_LOCK & 1)

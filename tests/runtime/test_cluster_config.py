@@ -30,7 +30,7 @@ def test_examples_are_clusters():
     assert load_cluster(CONFIGS / "two_hosts.py") == Cluster(
         model_worker="tcp://10.99.0.1:7100",
         attention_workers=("tcp://10.99.0.2:7101", "tcp://10.99.0.2:7102"),
-        key_file=str(pathlib.Path("~/.lamina/cluster.key").expanduser()),
+        key_file=str(pathlib.Path("~/.config/lamina_jax/cluster.key").expanduser()),
     )
 
 
