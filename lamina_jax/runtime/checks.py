@@ -130,9 +130,7 @@ def check_memory_lock(limit: int, *, privileged: bool) -> Check:
     if privileged or limit == resource.RLIM_INFINITY:
         return Check(name=name, result="ok", detail="unlimited" + (" (CAP_IPC_LOCK)" if privileged else ""))
     if limit >= _LEAST_LOCKED:
-        return Check(
-            name=name, result="ok", detail=f"{_mib(limit)}; a large model needs more, docs/deploy.md says what"
-        )
+        return Check(name=name, result="ok", detail=f"{_mib(limit)}; docs/deploy.md says how much a model needs")
     return Check(
         name=name,
         result="FAILED",
