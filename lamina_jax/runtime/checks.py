@@ -16,6 +16,7 @@ from typing import Final, Literal
 
 from lamina_jax.runtime.cluster import Cluster, split_address
 from lamina_jax.runtime.cluster_key import load_key_file
+from lamina_jax.runtime.memory import available_memory
 from lamina_jax.transport.rdma_devices import RdmaPort
 
 _REACH_TIMEOUT_S: Final = 3.0
@@ -43,6 +44,28 @@ def table(checks: Sequence[Check]) -> str:
     rows = [("check", "result", "detail"), *((check.name, check.result, check.detail) for check in checks)]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(f"{name:{widths[0]}}  {result:{widths[1]}}  {detail}" for name, result, detail in rows)
+
+
+def attention_worker_checks(cluster: Cluster, index: int, *, rdma_device: str | None = None) -> list[Check]:
+    """What an attention worker needs to run on this host."""
+    address = cluster.attention_workers[index]
+    return _worker_checks(cluster, address, [cluster.model_worker], rdma_device)
+
+
+def model_worker_checks(cluster: Cluster, *, rdma_device: str | None = None) -> list[Check]:
+    """What the model worker needs to run on this host, and which attention workers it reaches by now."""
+    own = _worker_checks(cluster, cluster.model_worker, cluster.attention_workers, rdma_device)
+    others = [
+        check_reachable(f"attention worker {i}", address, required=False)
+        for i, address in enumerate(cluster.attention_workers)
+    ]
+    return [*own, *others]
+
+
+def engine_checks(cluster: Cluster) -> list[Check]:
+    """What the engine needs: the key, and the model worker."""
+    reached = check_reachable("model worker", cluster.model_worker, required=True)
+    return [check_key(cluster), reached, check_versions()]
 
 
 def check_key(cluster: Cluster) -> Check:
@@ -169,6 +192,20 @@ def check_versions() -> Check:
 
 def _mib(number: int) -> str:
     return f"{number / 2**20:,.0f} MiB"
+
+
+def _worker_checks(cluster: Cluster, address: str, others: Sequence[str], rdma_device: str | None) -> list[Check]:
+    """Args:
+    others: addresses of the workers that channels lead to.
+    """
+    own_host = split_address(address)[0]
+    near = [split_address(other)[0] == own_host for other in others]
+    checks = [check_key(cluster), check_own_address(address)]
+    if cluster.transport == "verbs" or (cluster.transport == "auto" and not all(near)):
+        checks += check_rdma(cluster.transport, device=rdma_device)
+    if cluster.transport in ("auto", "shm") and any(near):
+        checks.append(check_shared_memory())
+    return [*checks, check_memory(available_memory()), check_versions()]
 
 
 def _rdma_port(device: str | None, sys: Path) -> RdmaPort:
