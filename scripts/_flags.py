@@ -1,16 +1,20 @@
-"""Flags and error reports that the generating scripts share."""
+"""Flags and error reports that the generating scripts and the launch scripts share."""
 
 import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags
 
+from lamina_jax.runtime.cluster import Cluster, load_cluster
 from lamina_jax.runtime.errors import WorkerError
 
-# JAX would look for others, and say so. `run` changes it for --model_platform=cuda.
+if TYPE_CHECKING:
+    from lamina_jax.runtime.checks import Check
+
+# JAX would look for others, and say so. `run` changes it for --model_platform=cuda and --platform=cuda.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # The flags below then count as the calling script's own, which is what makes --help show them.
@@ -130,6 +134,34 @@ def define_sampling_flags() -> None:
     flags.DEFINE_multi_string("stop", None, "String that ends the text, itself left out")
 
 
+def define_cluster_flags(whose: str) -> None:
+    """Defines --cluster and --check.
+
+    Args:
+        whose: what --check looks at.
+    """
+    flags.DEFINE_string("cluster", None, "Cluster file: which workers there are, and where; see configs/clusters/.")
+    flags.DEFINE_bool(
+        "check", False, f"Only check what {whose} needs, print a table, and end: status 1 if it lacks any."
+    )
+
+
+def read_cluster() -> Cluster:
+    """The cluster of --cluster."""
+    require("cluster")
+    with user_errors():
+        return load_cluster(FLAGS.cluster)
+
+
+def report(checks: Sequence["Check"]) -> NoReturn:
+    """Prints the table of --check and ends."""
+    from lamina_jax.runtime.checks import table
+
+    failed = sum(check.result == "FAILED" for check in checks)
+    print(table(checks) + f"\n{len(checks)} checks, {failed} failed")
+    sys.exit(1 if failed else 0)
+
+
 def engine_options() -> dict[str, Any]:
     """Keyword arguments of `LLM`, its model excepted."""
     return {name: FLAGS[name].value for name in _ENGINE_FLAGS}
@@ -178,7 +210,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _choose_platforms() -> None:
-    if "model_platform" in FLAGS and FLAGS["model_platform"].value == "cuda":
+    if any(name in FLAGS and FLAGS[name].value == "cuda" for name in ("model_platform", "platform")):
         # Imported late: it reads the variable above as it is imported.
         import jax
 

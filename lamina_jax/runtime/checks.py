@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -17,7 +18,8 @@ from typing import Final, Literal
 from lamina_jax.runtime.cluster import Cluster, split_address
 from lamina_jax.runtime.cluster_key import load_key_file
 from lamina_jax.runtime.memory import available_memory
-from lamina_jax.transport.rdma_devices import RdmaPort
+from lamina_jax.transport import verbs
+from lamina_jax.transport.rdma_devices import RdmaPort, choose_verbs_port
 
 _REACH_TIMEOUT_S: Final = 3.0
 # Rings of a small model; those of a large one take hundreds of MiB, see docs/deploy.md.
@@ -46,15 +48,15 @@ def table(checks: Sequence[Check]) -> str:
     return "\n".join(f"{name:{widths[0]}}  {result:{widths[1]}}  {detail}" for name, result, detail in rows)
 
 
-def attention_worker_checks(cluster: Cluster, index: int, *, rdma_device: str | None = None) -> list[Check]:
+def attention_worker_checks(cluster: Cluster, index: int) -> list[Check]:
     """What an attention worker needs to run on this host."""
     address = cluster.attention_workers[index]
-    return _worker_checks(cluster, address, [cluster.model_worker], rdma_device)
+    return _worker_checks(cluster, address, [cluster.model_worker])
 
 
-def model_worker_checks(cluster: Cluster, *, rdma_device: str | None = None) -> list[Check]:
+def model_worker_checks(cluster: Cluster) -> list[Check]:
     """What the model worker needs to run on this host, and which attention workers it reaches by now."""
-    own = _worker_checks(cluster, cluster.model_worker, cluster.attention_workers, rdma_device)
+    own = _worker_checks(cluster, cluster.model_worker, cluster.attention_workers)
     others = [
         check_reachable(f"attention worker {i}", address, required=False)
         for i, address in enumerate(cluster.attention_workers)
@@ -119,25 +121,23 @@ def check_reachable(worker: str, address: str, *, required: bool) -> Check:
     return Check(name=worker, result="ok", detail=f"{address} answers")
 
 
-def check_rdma(transport: str, *, device: str | None = None, sys: Path = Path("/sys")) -> list[Check]:
-    """Whether channels to other hosts can be RDMA: the device, its packets, and what memory it may register.
+def check_rdma(transport: str) -> list[Check]:
+    """Whether channels to other hosts can be RDMA: the device, its packets, and the memory it may register.
 
     Args:
         transport: that of the cluster. Only "verbs" needs RDMA; with "auto" channels are tcp where there is none.
-        device: name of the only one to use; None for any.
-        sys: where Linux says which devices there are.
     """
-    try:
-        port = _rdma_port(device, sys)
-        mtu = _active_mtu(port)
-    except (ImportError, OSError) as error:
+    name = "RDMA device"
+    if (problem := verbs.rdma_problem()) is not None:
         if transport == "verbs":
-            return [Check(name="RDMA device", result="FAILED", detail=str(error))]
-        return [Check(name="RDMA device", result="note", detail=f"{error}; channels to other hosts will be tcp")]
-    where = f"{port.nic} port {port.port}, GID {port.gid_index}"
+            return [Check(name=name, result="FAILED", detail=problem)]
+        return [Check(name=name, result="note", detail=f"tcp will be used, as {problem}")]
+    port = choose_verbs_port(verbs.rdma_device())
     return [
-        Check(name="RDMA device", result="ok", detail=where),
-        Check(name="MTU", result="ok", detail=f"{mtu} bytes a packet here; the hosts use the smaller of their two"),
+        Check(
+            name=name, result="ok", detail=f"{port.nic}, port {port.port} is active, its GID has index {port.gid_index}"
+        ),
+        Check(name="MTU", result="ok", detail=f"{_active_mtu(port)} bytes a packet; should be as large on every host"),
         check_memory_lock(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], privileged=_may_lock_memory()),
     ]
 
@@ -194,7 +194,7 @@ def _mib(number: int) -> str:
     return f"{number / 2**20:,.0f} MiB"
 
 
-def _worker_checks(cluster: Cluster, address: str, others: Sequence[str], rdma_device: str | None) -> list[Check]:
+def _worker_checks(cluster: Cluster, address: str, others: Sequence[str]) -> list[Check]:
     """Args:
     others: addresses of the workers that channels lead to.
     """
@@ -202,25 +202,16 @@ def _worker_checks(cluster: Cluster, address: str, others: Sequence[str], rdma_d
     near = [split_address(other)[0] == own_host for other in others]
     checks = [check_key(cluster), check_own_address(address)]
     if cluster.transport == "verbs" or (cluster.transport == "auto" and not all(near)):
-        checks += check_rdma(cluster.transport, device=rdma_device)
+        checks += check_rdma(cluster.transport)
     if cluster.transport in ("auto", "shm") and any(near):
         checks.append(check_shared_memory())
     return [*checks, check_memory(available_memory()), check_versions()]
 
 
-def _rdma_port(device: str | None, sys: Path) -> RdmaPort:
-    """A port to use. Raises OSError with what is missing."""
-    names = sorted(path.name for path in (sys / "class/infiniband").glob("*"))
-    if not names:
-        raise OSError("no RDMA device")
-    if device not in (None, *names):
-        raise OSError(f"no RDMA device {device}; there are {', '.join(names)}")
-    return RdmaPort(nic=names[0], port=1, gid_index=0)
-
-
 def _active_mtu(port: RdmaPort) -> int:
-    """Bytes of a packet of the port. Raises ImportError without pyverbs, OSError if the device cannot be opened."""
-    raise ImportError("pyverbs is not installed: pip install 'lamina_jax[rdma]', see docs/deploy.md")
+    """Bytes of RDMA's packets on a port, which follow from the MTU of the network device and do not exceed 4096."""
+    device = importlib.import_module("pyverbs.device")
+    return 128 << device.Context(name=port.nic).query_port(port.port).active_mtu
 
 
 def _family(host: str) -> socket.AddressFamily:
