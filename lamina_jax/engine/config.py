@@ -1,17 +1,13 @@
 """What a user can set about an engine."""
 
-import contextlib
 import dataclasses
-from pathlib import Path
 
 from jaxtyping import DTypeLike
 
 from lamina_jax.attention.kernels import check_name
 from lamina_jax.attention.quantization import check_kv_cache_dtype, scale_bytes, stored_dtype
 from lamina_jax.models import ModelConfig
-from lamina_jax.runtime.places import channel_kind, check_platforms
-
-_CACHE_SHARE_OF_MEMORY = 0.25
+from lamina_jax.runtime.places import CACHE_SHARE_OF_MEMORY, available_memory, channel_kind, check_platforms
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +116,7 @@ def size_cache(
             f"max_model_len is {config.max_model_len}, but the model's max_position_embeddings is "
             f"{model.max_position_embeddings}; give at most that."
         )
-    memory = config.kv_cache_bytes or device_bytes or int(_CACHE_SHARE_OF_MEMORY * _available_memory())
+    memory = config.kv_cache_bytes or device_bytes or int(CACHE_SHARE_OF_MEMORY * available_memory())
     stored = stored_dtype(config.kv_cache_dtype, dtype)
     token_bytes = model.kv_bytes_per_token(stored.itemsize, scale_bytes=scale_bytes(stored))
     page_bytes = token_bytes * config.page_size
@@ -135,13 +131,3 @@ def size_cache(
         )
     num_pages = min(affordable, per_sequence * config.max_num_seqs)
     return CacheSize(max_model_len=min(wanted_len, num_pages * config.page_size), num_pages=num_pages)
-
-
-def _available_memory() -> int:
-    """Bytes that this process may still take: of the machine, or of its container (cgroup v2) if that is less."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    with contextlib.suppress(OSError, ValueError):
-        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
-        available = min(available, limit - used)
-    return available
