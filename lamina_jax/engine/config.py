@@ -7,7 +7,8 @@ from jaxtyping import DTypeLike
 from lamina_jax.attention.kernels import check_name
 from lamina_jax.attention.quantization import check_kv_cache_dtype, scale_bytes, stored_dtype
 from lamina_jax.models import ModelConfig
-from lamina_jax.runtime.places import CACHE_SHARE_OF_MEMORY, available_memory, channel_kind, check_platforms
+from lamina_jax.runtime.memory import CACHE_SHARE_OF_MEMORY, available_memory
+from lamina_jax.runtime.places import channel_kind, check_platforms
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

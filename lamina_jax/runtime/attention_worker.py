@@ -29,6 +29,7 @@ from lamina_jax.runtime.attention_step import AttentionStep, message_list
 from lamina_jax.runtime.control import ControlClient
 from lamina_jax.runtime.control_tcp import ControlListener, Session
 from lamina_jax.runtime.gpu_options import compiler_options, exact_products
+from lamina_jax.runtime.memory import CACHE_SHARE_OF_MEMORY, available_memory
 from lamina_jax.runtime.messages import (
     AttentionWorkerConfig,
     Available,
@@ -45,12 +46,7 @@ from lamina_jax.runtime.messages import (
     Shutdown,
     ToClusterWorker,
 )
-from lamina_jax.runtime.places import (
-    CACHE_SHARE_OF_GPU,
-    CACHE_SHARE_OF_MEMORY,
-    available_memory,
-    device_bytes,
-)
+from lamina_jax.runtime.places import CACHE_SHARE_OF_GPU, device_bytes
 from lamina_jax.runtime.serving import Servant, serve
 from lamina_jax.runtime.stamps import first_stamp
 from lamina_jax.transport import Channel, ChannelAddress, attach, first_failure

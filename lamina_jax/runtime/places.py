@@ -3,7 +3,6 @@
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import jax
@@ -17,9 +16,6 @@ MODEL_AXIS: Final = "model"
 """The axis of a mesh of devices that share one model."""
 
 AUTO_TRANSPORT: Final = "auto"
-
-CACHE_SHARE_OF_MEMORY: Final = 0.25
-"""Of a host's free memory, what the KV cache takes at most."""
 
 CACHE_SHARE_OF_GPU: Final = 0.85
 """Of the GPU memory that a worker may take, what its KV cache does; the rest is for the step."""
@@ -185,16 +181,6 @@ def attention_gpus(num_workers: int, *, num_model_gpus: int, num_gpus: int) -> l
 def device_bytes(device: Any) -> int | None:
     """Memory of a `jax.Device` that JAX may take in this process, where that is a GPU; None for a CPU."""
     return None if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
-
-
-def available_memory() -> int:
-    """Bytes that this process may still take: of the machine, or of its container (cgroup v2) if that is less."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    with contextlib.suppress(OSError, ValueError):
-        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
-        available = min(available, limit - used)
-    return available
 
 
 def _fair_share(gpu: int, attention: Sequence[int], num_model_gpus: int) -> float:
