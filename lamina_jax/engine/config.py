@@ -7,10 +7,8 @@ from jaxtyping import DTypeLike
 from lamina_jax.attention.kernels import check_name
 from lamina_jax.attention.quantization import check_kv_cache_dtype, scale_bytes, stored_dtype
 from lamina_jax.models import ModelConfig
-from lamina_jax.runtime.memory import available_memory
+from lamina_jax.runtime.memory import CACHE_SHARE_OF_MEMORY, available_memory
 from lamina_jax.runtime.places import channel_kind, check_platforms
-
-_CACHE_SHARE_OF_MEMORY = 0.25
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,7 +117,7 @@ def size_cache(
             f"max_model_len is {config.max_model_len}, but the model's max_position_embeddings is "
             f"{model.max_position_embeddings}; give at most that."
         )
-    memory = config.kv_cache_bytes or device_bytes or int(_CACHE_SHARE_OF_MEMORY * available_memory())
+    memory = config.kv_cache_bytes or device_bytes or int(CACHE_SHARE_OF_MEMORY * available_memory())
     stored = stored_dtype(config.kv_cache_dtype, dtype)
     token_bytes = model.kv_bytes_per_token(stored.itemsize, scale_bytes=scale_bytes(stored))
     page_bytes = token_bytes * config.page_size

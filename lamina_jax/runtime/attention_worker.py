@@ -1,7 +1,10 @@
 """The attention worker: a process that holds KV cache for its share of the heads and answers q with attention.
 
-It decides nothing. The engine tells it over the control socket which step comes next; the step itself is one XLA
-program that reads q, k and v from a channel, keeps the cache in place, and writes the output to another channel.
+It decides nothing. The model worker tells it over a control connection which step comes next; the step itself is one
+XLA program that reads q, k and v from a channel, keeps the cache in place, and writes the output to another channel.
+
+Run as a program it belongs to the engine that started it, on the same host. `serve_cluster` serves the model worker of
+a cluster.
 """
 
 import contextlib
@@ -10,7 +13,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,21 +25,29 @@ from absl import app, flags, logging
 from lamina_jax.attention.cache import PagedCache, StepTables
 from lamina_jax.attention.kernels import get_kernel
 from lamina_jax.runtime import timeline
-from lamina_jax.runtime.attention_step import AttentionStep
+from lamina_jax.runtime.attention_step import AttentionStep, message_list
 from lamina_jax.runtime.control import ControlClient
+from lamina_jax.runtime.control_tcp import ControlListener, Session
 from lamina_jax.runtime.gpu_options import compiler_options, exact_products
+from lamina_jax.runtime.memory import CACHE_SHARE_OF_MEMORY, available_memory
 from lamina_jax.runtime.messages import (
     AttentionWorkerConfig,
+    Available,
     Bucket,
     Configure,
+    Describe,
     Done,
     Failed,
+    FromClusterWorker,
+    FromWorker,
     Hello,
     Prepare,
     RunStep,
     Shutdown,
+    ToClusterWorker,
 )
-from lamina_jax.runtime.places import device_bytes
+from lamina_jax.runtime.places import CACHE_SHARE_OF_GPU, device_bytes
+from lamina_jax.runtime.serving import Servant, serve
 from lamina_jax.runtime.stamps import first_stamp
 from lamina_jax.transport import Channel, ChannelAddress, attach, first_failure
 from lamina_jax.transport.recorder import start_recording
@@ -103,6 +114,104 @@ class AttentionWorker:
             if (failure := first_failure(self._channels)) is not None:
                 raise failure
 
+    def finish(self) -> None:
+        """Waits for the last step dispatched. Raises as `reap`."""
+        self._stamps.block_until_ready()
+        if (failure := first_failure(self._channels)) is not None:
+            raise failure
+
+    def abort(self) -> None:
+        """Makes the steps under way fail, and the model worker's operations on the other ends."""
+        for channel in self._channels:
+            channel.abort()
+
+    def close(self) -> None:
+        """Frees the channels, once no step uses them any more."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._stamps.block_until_ready()
+        for channel in self._channels:
+            channel.close()
+
+
+class AttentionServant(Servant):
+    """Obeys the model worker, whether that is on this host or another."""
+
+    def __init__(self, send: Callable[[FromWorker | FromClusterWorker], None], peer: str) -> None:
+        """Args:
+        send: queues a message for the model worker.
+        peer: what errors call it.
+        """
+        self._send = send
+        self._peer = peer
+        self._worker: AttentionWorker | None = None
+        self._aborted = False
+
+    def obey(self, message: ToClusterWorker) -> None:
+        match message:
+            case Describe():
+                self._send(_available())
+            case Configure() if self._worker is None:
+                self._worker, answers = self._configure(message)
+                if self._aborted:
+                    self._worker.abort()
+                self._send(Done(answers=answers))
+            case Prepare() if self._worker is not None:
+                self._worker.prepare(message.bucket, message.num_batches)
+                self._send(Done())
+            case RunStep() if self._worker is not None:
+                self._worker.dispatch(message)
+            case _:
+                when = "before" if self._worker is None else "after"
+                raise RuntimeError(f"got {type(message).__name__} {when} Configure")
+
+    def watch(self) -> None:
+        if self._worker is not None:
+            self._worker.reap()
+
+    def reason(self, error: Exception) -> str:
+        return f"{type(error).__name__}: {error}"
+
+    def finish(self) -> None:
+        if self._worker is not None:
+            self._worker.finish()
+
+    def abort(self) -> None:
+        self._aborted = True
+        if self._worker is not None:
+            self._worker.abort()
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+    def _configure(self, message: Configure) -> tuple[AttentionWorker, tuple[ChannelAddress | None, ...]]:
+        """The worker, and what the creator of its channels has to know of its ends."""
+        config = message.config
+        if message.messages != (own := message_list(config)):
+            raise RuntimeError(
+                f"{config.name} expects the messages {', '.join(own)}, the {self._peer} has "
+                f"{', '.join(message.messages)}; both must run the same version of lamina_jax"
+            )
+        options = {"peer": self._peer, "timeout_s": _PATIENCE_S}
+        inboxes = [attach(address, role="reader", **options) for address in message.inboxes]
+        outboxes = [attach(address, role="writer", **options) for address in message.outboxes]
+        return AttentionWorker(config, inboxes, outboxes), tuple(c.answer for c in (*inboxes, *outboxes))
+
+
+def serve_cluster(listener: ControlListener, *, name: str) -> None:
+    """Serves model workers of a cluster, one after another, until SIGTERM.
+
+    Args:
+        listener: its messages are `messages.ToClusterWorker`.
+        name: of this worker in the log, e.g. "attention worker 1".
+    """
+
+    def make(session: Session) -> AttentionServant:
+        return AttentionServant(session.send, f"model worker on {session.peer.host}")
+
+    serve(listener, make, name=name, waits_for="model worker")
+
 
 def main(argv: list[str]) -> None:
     del argv
@@ -124,41 +233,22 @@ def main(argv: list[str]) -> None:
 
 
 def _serve(client: ControlClient) -> None:
+    servant = AttentionServant(client.send, "model worker")
     with contextlib.ExitStack() as at_end:
-        _obey(client, at_end)
-
-
-def _obey(client: ControlClient, at_end: contextlib.ExitStack) -> None:
-    worker: AttentionWorker | None = None
-    while True:
-        message = client.receive(timeout_ms=_POLL_MS)
-        match message:
-            case Shutdown():
-                return
-            case Configure():
-                worker, answers = _configure(message)
+        while not isinstance(message := client.receive(timeout_ms=_POLL_MS), Shutdown):
+            if message is not None:
+                servant.obey(message)
+            if isinstance(message, Configure):
                 _record(message.config, at_end)
-                client.send(Done(answers=answers))
-            case Prepare() if worker is not None:
-                worker.prepare(message.bucket, message.num_batches)
-                client.send(Done())
-            case RunStep() if worker is not None:
-                worker.dispatch(message)
-            case None:
-                pass
-            case _:
-                raise RuntimeError(f"got {type(message).__name__} before Configure")
-        if worker is not None:
-            worker.reap()
+            servant.watch()
 
 
-def _configure(message: Configure) -> tuple[AttentionWorker, tuple[ChannelAddress | None, ...]]:
-    """The worker, and what the engine has to know of its ends of the channels."""
-    config = message.config
-    options = {"peer": "model worker", "timeout_s": _PATIENCE_S}
-    inboxes = [attach(address, role="reader", **options) for address in message.inboxes]
-    outboxes = [attach(address, role="writer", **options) for address in message.outboxes]
-    return AttentionWorker(config, inboxes, outboxes), tuple(c.answer for c in (*inboxes, *outboxes))
+def _available() -> Available:
+    device = jax.devices()[0]
+    limit = device_bytes(device)
+    if limit is None:
+        return Available(platform="cpu", cache_bytes=int(CACHE_SHARE_OF_MEMORY * available_memory()))
+    return Available(platform="cuda", cache_bytes=int(CACHE_SHARE_OF_GPU * limit))
 
 
 def _record(config: AttentionWorkerConfig, at_end: contextlib.ExitStack) -> None:

@@ -2,6 +2,10 @@
 
 import contextlib
 from pathlib import Path
+from typing import Final
+
+CACHE_SHARE_OF_MEMORY: Final = 0.25
+"""Of a host's free memory, what the KV cache takes at most."""
 
 
 def available_memory() -> int:
