@@ -13,11 +13,14 @@ import socket
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from lamina_jax.runtime.cluster import Cluster, split_address
 from lamina_jax.runtime.cluster_key import load_key_file
+from lamina_jax.runtime.control_tcp import ControlLink, peer_info
+from lamina_jax.runtime.errors import WorkerError
 from lamina_jax.runtime.memory import available_memory
+from lamina_jax.runtime.messages import FromClusterWorker, FromModelWorker
 from lamina_jax.transport import verbs
 from lamina_jax.transport.rdma_devices import RdmaPort, choose_verbs_port
 
@@ -58,7 +61,7 @@ def model_worker_checks(cluster: Cluster) -> list[Check]:
     """What the model worker needs to run on this host, and which attention workers it reaches by now."""
     own = _worker_checks(cluster, cluster.model_worker, cluster.attention_workers)
     others = [
-        check_reachable(f"attention worker {i}", address, required=False)
+        check_reachable(cluster, f"attention worker {i}", address, FromClusterWorker, required=False)
         for i, address in enumerate(cluster.attention_workers)
     ]
     return [*own, *others]
@@ -66,7 +69,7 @@ def model_worker_checks(cluster: Cluster) -> list[Check]:
 
 def engine_checks(cluster: Cluster) -> list[Check]:
     """What the engine needs: the key, and the model worker."""
-    reached = check_reachable("model worker", cluster.model_worker, required=True)
+    reached = check_reachable(cluster, "model worker", cluster.model_worker, FromModelWorker, required=True)
     return [check_key(cluster), reached, check_versions()]
 
 
@@ -101,24 +104,28 @@ def check_own_address(address: str) -> Check:
     return Check(name=name, result="ok", detail=f"{address} is this host's, and the port is free")
 
 
-def check_reachable(worker: str, address: str, *, required: bool) -> Check:
-    """Whether something listens at a worker's control address.
+def check_reachable(cluster: Cluster, worker: str, address: str, incoming: Any, *, required: bool) -> Check:
+    """Whether a worker is up, has the same cluster key and versions, and would take a session.
 
     Args:
         worker: its name.
+        incoming: the type of its messages.
         required: whether it has to be up by now; otherwise it may still come.
     """
+    failed = "FAILED" if required else "note"
     try:
-        socket.create_connection(split_address(address), timeout=_REACH_TIMEOUT_S).close()
-    except OSError as error:
-        if isinstance(error, TimeoutError):
-            why = f"no answer within {_REACH_TIMEOUT_S:.0f} s; is the host up, and its firewall open for this port?"
-        elif isinstance(error, ConnectionRefusedError):
-            why = "nothing listens there yet" + ("; start that worker" if required else ", which is waited for")
-        else:
-            why = str(error)
-        return Check(name=worker, result="FAILED" if required else "note", detail=f"{address}: {why}")
-    return Check(name=worker, result="ok", detail=f"{address} answers")
+        key = None if cluster.key_file is None else load_key_file(cluster.key_file)
+        link = ControlLink(address, key, incoming, worker, peer_info())
+    except (OSError, ValueError) as error:
+        return Check(name=worker, result=failed, detail=f"{address} not tried: {error}")
+    try:
+        peer = link.open(_REACH_TIMEOUT_S, on_waiting=lambda what: None)
+    except WorkerError as error:
+        later = " Is it up, and does its firewall let this port pass?" if required else " It may still come."
+        return Check(name=worker, result=failed, detail=f"{error}{later}")
+    finally:
+        link.close("it was only a check")
+    return Check(name=worker, result="ok", detail=f"{address} is served by {peer}")
 
 
 def check_rdma(transport: str) -> list[Check]:
