@@ -3,6 +3,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
 
 #include <cerrno>
 #include <memory>
@@ -11,9 +12,13 @@
 
 #include "ffi_handlers.h"
 #include "handle.h"
+#include "ping_pong.h"
 #include "registry.h"
 #include "shm_channel.h"
 #include "timeline.h"
+#ifdef LAMINA_VERBS
+#include "verbs_module.h"
+#endif
 
 namespace nb = nanobind;
 
@@ -88,7 +93,14 @@ NB_MODULE(_custom_calls, module) {
       .def_static("attach", &Attach, nb::arg("writer"), nb::arg("peer"), nb::arg("path"), nb::arg("num_slots"),
                   nb::arg("slot_bytes"), nb::arg("timeout_s"), nb::arg("spin_us"), no_gil)
       .def_prop_ro("path", &Path);
+#ifdef LAMINA_VERBS
+  BindVerbs(module);
+#endif
 
+  module.def("ping_pong", [](std::int64_t outbox, std::int64_t inbox, std::uint64_t num_bytes, std::uint32_t count,
+                             bool first) { return Play({outbox, inbox, num_bytes, count, first}); },
+             nb::arg("outbox"), nb::arg("inbox"), nb::arg("num_bytes"), nb::arg("count"), nb::arg("first"), no_gil);
+  module.def("stream", &Stream, nb::arg("channel"), nb::arg("num_bytes"), nb::arg("count"), no_gil);
   module.attr("ANY_DEVICE") = kAnyDevice;
   module.def("name_tag", &NameTag, nb::arg("tag"), nb::arg("name"));
   module.def("start_timeline", &StartTimeline, nb::arg("capacity"), no_gil);
