@@ -9,12 +9,24 @@ from jax.sharding import Sharding
 from lamina_jax.attention.kernels import KernelTarget, choose_kernel
 from lamina_jax.models import ModelConfig
 from lamina_jax.runtime.executor import CacheConfig, Executor, UnsplitExecutor
-from lamina_jax.runtime.messages import ExecutorSettings, Placement
+from lamina_jax.runtime.messages import ExecutorSettings, ModelFacts, Placement
 from lamina_jax.runtime.model import Model
 from lamina_jax.runtime.model_worker import ModelWorker
 from lamina_jax.runtime.places import CACHE_SHARE_OF_GPU, device_bytes, model_memory_fraction, model_places
 from lamina_jax.runtime.pool import AttentionWorkers
 from lamina_jax.runtime.split import SplitExecutor
+
+
+def model_facts(config: ModelConfig) -> ModelFacts:
+    """What engine and model worker compare of a model."""
+    return ModelFacts(
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        vocab_size=config.vocab_size,
+        dtype=config.dtype,
+    )
 
 
 def claim_gpus(placement: Placement, *, num_local_workers: int) -> int:

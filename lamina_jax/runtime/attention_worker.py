@@ -38,8 +38,6 @@ from lamina_jax.runtime.messages import (
     Describe,
     Done,
     Failed,
-    FromClusterWorker,
-    FromWorker,
     Hello,
     Prepare,
     RunStep,
@@ -52,9 +50,7 @@ from lamina_jax.runtime.stamps import first_stamp
 from lamina_jax.transport import Channel, ChannelAddress, attach, first_failure
 from lamina_jax.transport.recorder import start_recording
 
-_CONTROL = flags.DEFINE_string("control", None, "ZeroMQ address of the engine's control socket.", required=True)
-_INDEX = flags.DEFINE_integer("index", None, "Number of this worker, from 0.", required=True)
-_ENGINE_PID = flags.DEFINE_integer("engine_pid", None, "The worker ends when this process does.", required=True)
+FLAGS = flags.FLAGS
 
 _POLL_MS = 50
 # The engine's waits have the deadlines, so it can say who is late, and may be stopped for a while (Ctrl-Z). Should it
@@ -136,9 +132,9 @@ class AttentionWorker:
 class AttentionServant(Servant):
     """Obeys the model worker, whether that is on this host or another."""
 
-    def __init__(self, send: Callable[[FromWorker | FromClusterWorker], None], peer: str) -> None:
+    def __init__(self, send: Callable[[Any], None], peer: str) -> None:
         """Args:
-        send: queues a message for the model worker.
+        send: queues a message for the model worker (`messages.FromWorker`, `messages.FromClusterWorker`).
         peer: what errors call it.
         """
         self._send = send
@@ -210,20 +206,29 @@ def serve_cluster(listener: ControlListener, *, name: str) -> None:
     def make(session: Session) -> AttentionServant:
         return AttentionServant(session.send, f"model worker on {session.peer.host}")
 
-    serve(listener, make, name=name, waits_for="model worker")
+    serve(listener, make, name=name, waits_for="a model worker")
 
 
-def main(argv: list[str]) -> None:
+def run() -> None:
+    """The program of a worker that belongs to an engine of this host."""
+    # Not before, as scripts that import this module have flags of their own.
+    flags.DEFINE_string("control", None, "ZeroMQ address of the engine's control socket.", required=True)
+    flags.DEFINE_integer("index", None, "Number of this worker, from 0.", required=True)
+    flags.DEFINE_integer("engine_pid", None, "The worker ends when this process does.", required=True)
+    app.run(_main)
+
+
+def _main(argv: list[str]) -> None:
     del argv
     # The engine ends its workers itself; a Ctrl-C in its terminal must not end them first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    client = ControlClient(_CONTROL.value)
-    _end_with(_ENGINE_PID.value, client)
+    client = ControlClient(FLAGS.control)
+    _end_with(FLAGS.engine_pid, client)
     try:
-        client.send(Hello(worker=_INDEX.value, device_bytes=device_bytes(jax.devices()[0])))
+        client.send(Hello(worker=FLAGS.index, device_bytes=device_bytes(jax.devices()[0])))
         _serve(client)
     except Exception as error:
-        logging.info("attention worker %d failed", _INDEX.value, exc_info=True)
+        logging.info("attention worker %d failed", FLAGS.index, exc_info=True)
         client.send(Failed(message=f"{type(error).__name__}: {error}"))
         client.close()
         # Skips the wait of a normal exit for programs that may still sit in a channel.
@@ -277,4 +282,4 @@ def _end_with(pid: int, client: ControlClient) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run()

@@ -1,7 +1,6 @@
 """The model worker of a cluster: a process that obeys an engine, and has attention workers obey it."""
 
 import dataclasses
-import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +12,7 @@ from absl import logging
 from jax.sharding import Sharding
 
 from lamina_jax.models import ModelConfig
-from lamina_jax.runtime.assembly import cache_bytes, claim_gpus, make_worker, places_of
+from lamina_jax.runtime.assembly import cache_bytes, claim_gpus, make_worker, model_facts, places_of
 from lamina_jax.runtime.cluster_key import ClusterKey
 from lamina_jax.runtime.cluster_workers import ClusterWorkers
 from lamina_jax.runtime.control_tcp import ControlListener, PeerInfo, Session
@@ -38,18 +37,6 @@ from lamina_jax.runtime.plan import decode_plan
 from lamina_jax.runtime.serving import Servant, serve
 
 
-def model_facts(config: ModelConfig) -> ModelFacts:
-    """What engine and model worker compare of a model."""
-    return ModelFacts(
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        vocab_size=config.vocab_size,
-        dtype=config.dtype,
-    )
-
-
 def serve_model(listener: ControlListener, key: ClusterKey | None, info: PeerInfo) -> None:
     """Serves engines, one after another, until SIGTERM.
 
@@ -63,7 +50,7 @@ def serve_model(listener: ControlListener, key: ClusterKey | None, info: PeerInf
     def make(session: Session) -> ModelServant:
         return ModelServant(session.send, key, info, weights)
 
-    serve(listener, make, name="model worker", waits_for="engine")
+    serve(listener, make, name="model worker", waits_for="an engine")
 
 
 class _Weights:

@@ -59,17 +59,16 @@ def serve(listener: ControlListener, make_servant: Callable[[Session], Servant],
     Args:
         make_servant: called for every session.
         name: of this worker in the log.
-        waits_for: who opens sessions.
+        waits_for: who opens sessions, e.g. "an engine".
     """
     ending = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: ending.set())
     try:
         while (session := _next_session(listener, ending, name, waits_for)) is not None:
-            peer = f"{waits_for} on {session.peer.host} (pid {session.peer.pid})"
-            logging.info("%s: session with the %s", name, peer)
+            logging.info("%s: session with %s on %s", name, waits_for, session.peer)
             reason = _serve_session(session, make_servant(session), ending)
             session.close(reason)
-            logging.info("%s: session with the %s is over: %s", name, peer, reason)
+            logging.info("%s: session over: %s", name, reason)
     finally:
         signal.signal(signal.SIGTERM, before)
         listener.close()
@@ -77,7 +76,7 @@ def serve(listener: ControlListener, make_servant: Callable[[Session], Servant],
 
 def _next_session(listener: ControlListener, ending: threading.Event, name: str, waits_for: str) -> Session | None:
     """The next session; None if the worker is to end before there is one."""
-    logging.info("%s: waiting for a %s at %s", name, waits_for, listener.address)
+    logging.info("%s: waiting for %s at %s", name, waits_for, listener.address)
     while not ending.is_set():
         if (session := listener.accept(_POLL_MS)) is not None:
             return session

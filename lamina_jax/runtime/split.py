@@ -230,10 +230,12 @@ class SplitExecutor(Executor):
 
     def _open_channels(self, kind: type[Channel], worker: int, config: AttentionWorkerConfig, timeout_s: float) -> None:
         options = {"peer": config.name, "timeout_s": timeout_s, "device": self._device_of(worker)}
-        for ends, role, messages in ((self._down, "writer", requests(config)), (self._up, "reader", answers(config))):
-            ends.append([])
-            for _ in range(self._num_batches):
-                ends[worker].append(kind.create(role=role, messages=messages, **options))
+        down, up = [], []
+        self._down.append(down)
+        self._up.append(up)
+        for _ in range(self._num_batches):
+            down.append(kind.create(role="writer", messages=requests(config), **options))
+            up.append(kind.create(role="reader", messages=answers(config), **options))
 
     def _share_of(self, worker: int) -> Heads:
         """A worker's heads among those of its device."""
