@@ -47,10 +47,9 @@ def listen(
     Returns:
         The socket, the cluster key, and what this process tells others of itself.
     """
-    from lamina_jax.transport.verbs import rdma_device, rdma_problem
-
     from lamina_jax.runtime.cluster_key import load_key_file
     from lamina_jax.runtime.control_tcp import ControlListener, peer_info
+    from lamina_jax.transport.verbs import rdma_device, rdma_problem
 
     with _flags.user_errors():
         key = None if cluster.key_file is None else load_key_file(cluster.key_file)

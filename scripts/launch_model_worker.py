@@ -20,9 +20,8 @@ def main() -> None:
         from lamina_jax.runtime.checks import model_worker_checks
 
         _flags.report(model_worker_checks(cluster))
-    from lamina_jax.runtime.model_server import serve_model
-
     from lamina_jax.runtime.messages import ToModelWorker
+    from lamina_jax.runtime.model_server import serve_model
 
     listener, key, info = _launch.listen(cluster, cluster.model_worker, ToModelWorker, "model worker")
     serve_model(listener, key, info)

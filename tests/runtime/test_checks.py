@@ -42,7 +42,8 @@ def test_keys_that_cannot_be_used(tmp_path):
     (tmp_path / "other").write_text("something else\n")
     (tmp_path / "other").chmod(0o600)
     for name, message in [
-        ("none", f"there is no {tmp_path}/none: copy that of another host, or make one"),
+        ("none", f"there is no cluster key at {tmp_path}/none; copy that of another host, or make one"),
+        (".", "must be a regular file"),
         ("open", f"run: chmod 600 {tmp_path}/open"),
         ("other", f"{tmp_path}/other is not a cluster key"),
     ]:
