@@ -15,6 +15,7 @@
 #include "ping_pong.h"
 #include "registry.h"
 #include "shm_channel.h"
+#include "tcp_module.h"
 #include "timeline.h"
 #ifdef LAMINA_VERBS
 #include "verbs_module.h"
@@ -93,6 +94,8 @@ NB_MODULE(_custom_calls, module) {
       .def_static("attach", &Attach, nb::arg("writer"), nb::arg("peer"), nb::arg("path"), nb::arg("num_slots"),
                   nb::arg("slot_bytes"), nb::arg("timeout_s"), nb::arg("spin_us"), no_gil)
       .def_prop_ro("path", &Path);
+
+  BindTcp(module);
 #ifdef LAMINA_VERBS
   BindVerbs(module);
 #endif
@@ -101,6 +104,7 @@ NB_MODULE(_custom_calls, module) {
                              bool first) { return Play({outbox, inbox, num_bytes, count, first}); },
              nb::arg("outbox"), nb::arg("inbox"), nb::arg("num_bytes"), nb::arg("count"), nb::arg("first"), no_gil);
   module.def("stream", &Stream, nb::arg("channel"), nb::arg("num_bytes"), nb::arg("count"), no_gil);
+
   module.attr("ANY_DEVICE") = kAnyDevice;
   module.def("name_tag", &NameTag, nb::arg("tag"), nb::arg("name"));
   module.def("start_timeline", &StartTimeline, nb::arg("capacity"), no_gil);

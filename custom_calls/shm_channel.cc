@@ -1,7 +1,6 @@
 #include "shm_channel.h"
 
 #include <fcntl.h>
-#include <linux/futex.h>
 #include <poll.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
@@ -11,11 +10,10 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <climits>
-#include <ctime>
 #include <new>
 #include <stdexcept>
-#include <system_error>
+
+#include "system.h"
 
 namespace lamina {
 namespace {
@@ -24,20 +22,6 @@ namespace {
 constexpr Nanoseconds kShortestNap = std::chrono::microseconds(5);
 constexpr Nanoseconds kLongestNap = std::chrono::microseconds(200);
 constexpr char kDirectory[] = "/dev/shm";
-
-[[noreturn]] void ThrowErrno(int error, const std::string& what) {
-  throw std::system_error(error, std::generic_category(), what);
-}
-
-// Not FUTEX_PRIVATE: the word is shared between processes.
-void FutexWait(std::atomic<std::uint32_t>& word, std::uint32_t seen, Nanoseconds limit) {
-  const timespec wait{static_cast<time_t>(limit.count() / 1000000000), static_cast<long>(limit.count() % 1000000000)};
-  syscall(SYS_futex, &word, FUTEX_WAIT, seen, &wait, nullptr, 0);
-}
-
-void FutexWake(std::atomic<std::uint32_t>& word) {
-  syscall(SYS_futex, &word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
-}
 
 // Linux adds up to 50 us to every sleep of a thread, to save power. Here it may add 1 us.
 void WakeInTime() {

@@ -15,6 +15,7 @@
 #include <thread>
 #include <utility>
 
+#include "system.h"
 #include "verbs_library.h"
 
 namespace lamina {
@@ -30,10 +31,6 @@ constexpr int kBatch = 16;                             // completions taken at a
 constexpr auto kProbeInterval = std::chrono::milliseconds(250);
 constexpr auto kLinger = std::chrono::seconds(2);
 constexpr auto kLingerLook = std::chrono::microseconds(200);
-
-[[noreturn]] void ThrowErrno(int error, const std::string& what) {
-  throw std::system_error(error, std::generic_category(), what);
-}
 
 template <typename T>
 T Acquire(const T& word) {
@@ -59,13 +56,10 @@ VerbsChannel::VerbsChannel(EndOptions options, std::unique_ptr<Region> region, s
       region_(std::move(region)),
       wakeup_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)),
       owner_(getpid()) {
-  if (wakeup_ < 0) ThrowErrno(errno, "cannot make an eventfd");
+  if (!wakeup_.open()) ThrowErrno(errno, "cannot make an eventfd");
 }
 
-VerbsChannel::~VerbsChannel() {
-  Close();
-  close(wakeup_);
-}
+VerbsChannel::~VerbsChannel() { Close(); }
 
 std::shared_ptr<VerbsChannel> VerbsChannel::Create(EndOptions options, std::uint32_t num_slots,
                                                    std::uint64_t slot_bytes) {
@@ -147,13 +141,13 @@ void VerbsChannel::Doze(Nanoseconds, Nanoseconds left) {
   }
   const auto limit = std::min<Nanoseconds>(kSlice, left).count();
   const timespec wait{static_cast<time_t>(limit / 1000000000), static_cast<long>(limit % 1000000000)};
-  pollfd sources[2] = {{wakeup_, POLLIN, 0}, {events, POLLIN, 0}};
+  pollfd sources[2] = {{wakeup_.get(), POLLIN, 0}, {events, POLLIN, 0}};
   const int ready = ppoll(sources, 2, &wait, nullptr);
   dozing_ = false;
   if (ready <= 0) return;
   if (sources[0].revents != 0) {
     std::uint64_t count;
-    [[maybe_unused]] const auto read_bytes = read(wakeup_, &count, sizeof(count));
+    [[maybe_unused]] const auto read_bytes = read(wakeup_.get(), &count, sizeof(count));
   }
   if (sources[1].revents == 0) return;
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -344,7 +338,7 @@ bool VerbsChannel::PeerIsDone() const { return Acquire(header()->peer_stop) != 0
 
 void VerbsChannel::Wake() {
   const std::uint64_t one = 1;
-  [[maybe_unused]] const auto written = write(wakeup_, &one, sizeof(one));
+  [[maybe_unused]] const auto written = write(wakeup_.get(), &one, sizeof(one));
 }
 
 void VerbsChannel::Close() {

@@ -17,6 +17,7 @@
 
 #include "channel_end.h"
 #include "region.h"
+#include "system.h"
 
 namespace lamina {
 
@@ -108,7 +109,7 @@ class VerbsChannel final : public ChannelEnd {
   bool PeerIsDone() const;
 
   const std::unique_ptr<Region> region_;
-  const int wakeup_;  // an eventfd
+  const UniqueFd wakeup_;  // an eventfd
   const pid_t owner_;
 
   mutable std::mutex mutex_;

@@ -4,6 +4,7 @@ pyverbs (`make rdma`, or the extra `lamina_jax[rdma]`) and libibverbs set connec
 poll themselves (`custom_calls/verbs_channel.h`). Any RDMA device with reliable connections will do, Soft-RoCE too.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import errno
@@ -12,6 +13,7 @@ import importlib
 import os
 import socket
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any, Final, Literal
@@ -33,6 +35,9 @@ from lamina_jax.transport.rc_queue_pair import LOCAL_WRITE, REMOTE_WRITE, Comple
 from lamina_jax.transport.rdma_devices import RdmaPort, choose_verbs_port
 
 KIND: Final = "verbs"
+
+# Those that nobody closes are closed when the process exits: pyverbs cannot any more once modules are torn down.
+_ends: "weakref.WeakSet[_End]" = weakref.WeakSet()
 
 # 4.096 us * 2^15 = 134 ms, times 1 + 7: a dead peer is an error about a second after something is sent to it.
 _RETRY_TIMEOUT: Final = 15
@@ -225,6 +230,7 @@ class _End:
         self._memory_region = memory_region
         self._qp = qp
         self._closing = threading.Lock()
+        _ends.add(self)
         self._location = _Location(
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -299,6 +305,12 @@ class _End:
             self._qp.close()
             self._memory_region.close()
             self._cq.close()
+
+
+@atexit.register
+def _close_all() -> None:
+    for end in list(_ends):
+        end.close()
 
 
 def rdma_problem(nic: str | None = None) -> str | None:

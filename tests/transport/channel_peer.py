@@ -27,12 +27,19 @@ from lamina_jax.transport import (
     make_stamp,
     recv,
     send,
+    verbs,
 )
 
 DTYPES = ("bfloat16", "float16", "float32", "int32")
 LIMIT_S = 60.0  # what no answer of a healthy peer takes
-ON_CPU: dict[str, dict] = {"shm": {}, "cuda_host": {"device": None}, answering.KIND: {}}
+ON_CPU: dict[str, dict] = {"shm": {}, "tcp": {}, "cuda_host": {"device": None}, answering.KIND: {}}
 """The kinds whose ends a CPU can operate both, and what `create` has to be told for it."""
+OVER_NETWORKS = ("tcp", "verbs")
+DEATH = {"verbs": "the peer does not answer any more: its process or host has died, or the link is down"}
+"""What a kind says of a peer that was killed, where that is not "the peer process has died"."""
+
+if verbs.rdma_problem() is None:
+    ON_CPU["verbs"] = {}
 
 answering.register()
 
