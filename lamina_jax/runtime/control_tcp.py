@@ -20,7 +20,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import zmq
@@ -198,6 +198,18 @@ class _Conversation:
         self.inbox.end(reason)
 
 
+class _Arrival(NamedTuple):
+    """A message and where it comes from."""
+
+    identity: bytes
+    """Of the connection, as a ROUTER names it."""
+    descriptor: int
+    """Of the connection's TCP socket, which the monitor names."""
+    session: bytes
+    sequence: int
+    message: Any
+
+
 class _ControlThread:
     """A thread that owns ZeroMQ sockets and all state that depends on them; other threads hand it calls to make."""
 
@@ -270,6 +282,7 @@ class _ControlThread:
         except Exception as error:
             logging.exception("%s: the control thread failed", self._name)
             self._fail(f"its control thread failed: {error!r}")
+            self._context.destroy(linger=0)
 
     def _turn(self, now: float) -> None:
         """Handles what has come and what is due. Never waits."""
@@ -279,14 +292,14 @@ class _ControlThread:
         """Ends the session, if there is one."""
         raise NotImplementedError
 
-    def _receive(self, source: zmq.Socket) -> Iterator[tuple[bytes, bytes, int, Any]]:
-        """Identity of the sender (of a ROUTER), session, sequence number and message of each that came."""
+    def _receive(self, source: zmq.Socket) -> Iterator[_Arrival]:
+        """The messages that have come; what is none is counted."""
         for _ in range(_AT_A_TIME):
             try:
                 frames = source.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            identity = frames.pop(0).bytes if source.socket_type == zmq.ROUTER else b""
+            identity = frames.pop(0).bytes if source.type == zmq.ROUTER else b""
             try:
                 message = wire.unpack([frame.buffer for frame in frames], self._decoder)
             except wire.OversizeError as error:
@@ -294,7 +307,7 @@ class _ControlThread:
             except ValueError as error:
                 self._count("malformed", f"message from {_address(frames)}: {error}")
             else:
-                yield identity, *message
+                yield _Arrival(identity, int(frames[0].get(zmq.SRCFD)), *message)
 
     def _count(self, kind: str, text: str = "") -> None:
         """Counts, and logs a line with `text` unless there was one of that kind lately."""
@@ -303,13 +316,16 @@ class _ControlThread:
         now = time.monotonic()
         if text and now >= self._next_log.get(kind, 0.0):
             self._next_log[kind] = now + _LOG_EVERY_S
-            logging.warning("%s: %s %s (%d so far)", self._name, kind.replace("_", " "), text, count)
+            # What strangers say may hold anything, line feeds too.
+            logging.warning("%s: %s %s (%d so far)", self._name, kind.replace("_", " "), ascii(text)[1:-1], count)
 
 
-def _events(monitor: zmq.Socket) -> list[int]:
+def _events(monitor: zmq.Socket) -> list[tuple[int, int]]:
+    """What has happened to connections: events and their values."""
     events = []
     while len(events) < _AT_A_TIME and monitor.poll(0):
-        events.append(int(recv_monitor_message(monitor)["event"]))
+        event = recv_monitor_message(monitor)
+        events.append((int(event["event"]), int(event["value"])))
     return events
 
 
@@ -386,7 +402,8 @@ class ControlListener(_ControlThread):
         self._current: _Conversation | None = None
         self._identity = b""
         self._confirmed = False
-        self._expected_ends = 0
+        self._leaving: set[int] = set()
+        self._failing = 0
         self._accepted = _Inbox()
         try:
             self._bind(host, port)
@@ -400,7 +417,10 @@ class ControlListener(_ControlThread):
         """The session that an engine has opened, or None if none does within `timeout_ms`."""
         deadline = time.monotonic() + timeout_ms / 1000
         while True:
-            session = self._accepted.get(max(0, int((deadline - time.monotonic()) * 1000)))
+            try:
+                session = self._accepted.get(max(0, int((deadline - time.monotonic()) * 1000)))
+            except SessionEnded as ended:
+                raise RuntimeError(f"{self._name} does not listen any more: {ended}") from None
             if session is None or session._conversation.inbox.ended is None:
                 return session
             session.close("the worker had not started yet")
@@ -428,10 +448,10 @@ class ControlListener(_ControlThread):
         self._authenticate()
         # Events are read before messages and handled after them: what an engine said comes before its leaving.
         events = _events(self._monitor)
-        for identity, session, sequence, message in self._receive(self._router):
-            self._take(identity, session, sequence, message)
-        for event in events:
-            self._see(event)
+        for arrival in self._receive(self._router):
+            self._take(arrival)
+        for event, value in events:
+            self._see(event, value)
         if self._current is not None:
             self._current.tick(now)
             if self._current.inbox.ended is not None and not self._confirmed:
@@ -446,28 +466,30 @@ class ControlListener(_ControlThread):
                 status = [b"200", b"OK", b"cluster"] if mechanism == b"CURVE" and known else [b"400", b"no", b""]
                 self._zap.send_multipart([version, request, *status, b""])
 
-    def _see(self, event: int) -> None:
+    def _see(self, event: int, value: int) -> None:
         if event == zmq.EVENT_ACCEPTED:
             self._count("connections")
         elif event & _FAILED:
             self._count("handshakes_failed", "with a client; does it have the same cluster key?")
-            self._expected_ends += 1
-        elif event == zmq.EVENT_DISCONNECTED and self._expected_ends > 0:
-            self._expected_ends -= 1
+            self._failing += 1
+        elif event == zmq.EVENT_DISCONNECTED and self._failing > 0:
+            self._failing -= 1  # each failure is followed by the end of its connection
+        elif event == zmq.EVENT_DISCONNECTED and value in self._leaving:
+            self._leaving.remove(value)
+            self._count("left")
         elif event == zmq.EVENT_DISCONNECTED:
             self._count("cut_off", "connection")
 
-    def _take(self, identity: bytes, session: bytes, sequence: int, message: Any) -> None:
-        current = self._current
+    def _take(self, arrival: _Arrival) -> None:
+        current, message = self._current, arrival.message
         if isinstance(message, wire.Open):
-            self._answer(identity, session, message.peer)
-        elif isinstance(message, wire.Bye):
-            self._count("left")
-            self._expected_ends += 1
-        elif current is None or current.inbox.ended is not None or session != current.session:
+            self._answer(arrival.identity, arrival.session, message.peer)
+        elif isinstance(message, wire.Bye) and arrival.descriptor not in self._leaving:
+            self._leaving.add(arrival.descriptor)
+        elif current is None or current.inbox.ended is not None or arrival.session != current.session:
             self._count("unknown_session", f"in {type(message).__name__}")
-        elif identity != self._identity or not current.hear(sequence, message):
-            self._count("replayed", f"{type(message).__name__} number {sequence}")
+        elif arrival.identity != self._identity or not current.hear(arrival.sequence, message):
+            self._count("replayed", f"{type(message).__name__} number {arrival.sequence}")
         elif not self._confirmed:
             # Only an engine of now knows the number, so this is no recording.
             self._confirmed = True
@@ -593,9 +615,9 @@ class ControlLink(_ControlThread):
                 self._connect()
             return
         events = _events(self._monitor)
-        for _, session, sequence, message in self._receive(self._dealer):
-            self._take(session, sequence, message)
-        for event in events:
+        for arrival in self._receive(self._dealer):
+            self._take(arrival)
+        for event, _ in events:
             self._see(event, now)
         if self._conversation is not None:
             self._conversation.tick(now)
@@ -642,14 +664,14 @@ class ControlLink(_ControlThread):
         with contextlib.suppress(zmq.Again):
             self._dealer.send_multipart(wire.pack(self._request, 0, wire.encode(wire.Open(self._info))), zmq.NOBLOCK)
 
-    def _take(self, session: bytes, sequence: int, message: Any) -> None:
-        current = self._conversation
-        if isinstance(message, wire.Opened | wire.Refused) and current is None and session == self._request:
+    def _take(self, arrival: _Arrival) -> None:
+        current, message = self._conversation, arrival.message
+        if isinstance(message, wire.Opened | wire.Refused) and current is None and arrival.session == self._request:
             self._settle(message)
-        elif current is None or current.inbox.ended is not None or session != current.session:
+        elif current is None or current.inbox.ended is not None or arrival.session != current.session:
             self._count("unknown_session", f"in {type(message).__name__}")
-        elif not current.hear(sequence, message):
-            self._count("replayed", f"{type(message).__name__} number {sequence}")
+        elif not current.hear(arrival.sequence, message):
+            self._count("replayed", f"{type(message).__name__} number {arrival.sequence}")
 
     def _settle(self, answer: wire.Opened | wire.Refused) -> None:
         self._request = b""

@@ -1,10 +1,12 @@
 """One end of a control connection in a process of its own, and the messages that the tests send.
 
-Run as `control_peer.py worker|engine ADDRESS KEY_FILE`. A worker prints its address and answers every Ping; with it, its
-counters. An engine opens a session, prints "open", and at last the error that ends it. Both print one line at a time.
+Run as `control_peer.py worker|engine ADDRESS KEY_FILE`. A worker prints its address, answers every Ping, and prints its
+counters (JSON) on SIGUSR1. An engine opens a session, prints "open", and at last the error that ends it.
 """
 
 import dataclasses
+import json
+import signal
 import sys
 
 import msgspec
@@ -27,12 +29,13 @@ class Pong(msgspec.Struct, tag=True):
     """Worker: answered."""
 
     number: int
-    counters: dict[str, int] = {}
 
 
 def work(address: str, key_file: str) -> None:
     """Serves one session after another, for ever."""
     listener = ControlListener(address, load_key_file(key_file), Ping, NAME, peer_info())
+    tell = lambda *_: print(json.dumps(dataclasses.asdict(listener.counters)), flush=True)  # noqa: E731
+    signal.signal(signal.SIGUSR1, tell)
     print(listener.address, flush=True)
     while True:
         session = listener.accept(timeout_ms=1000)
@@ -41,7 +44,7 @@ def work(address: str, key_file: str) -> None:
         try:
             while True:
                 if (message := session.receive(timeout_ms=1000)) is not None:
-                    session.send(Pong(message.number, dataclasses.asdict(listener.counters)))
+                    session.send(Pong(message.number))
         except SessionEnded as ended:
             session.close(str(ended))
 
@@ -49,7 +52,7 @@ def work(address: str, key_file: str) -> None:
 def command(address: str, key_file: str) -> None:
     """Opens a session and waits for its end."""
     link = ControlLink(address, load_key_file(key_file), Pong, NAME, peer_info())
-    link.open(60, lambda text: print(text, file=sys.stderr))
+    link.open(60.0, lambda text: print(text, file=sys.stderr))
     print("open", flush=True)
     try:
         while True:
