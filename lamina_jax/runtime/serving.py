@@ -18,6 +18,10 @@ _POLL_MS: Final = 50
 _END_TIMEOUT_S: Final = 1800.0
 
 
+class MessageError(Exception):
+    """A message makes no sense: it is out of turn, or its parts do not fit together."""
+
+
 class Servant(abc.ABC):
     """What a worker does for one session.
 
@@ -27,7 +31,7 @@ class Servant(abc.ABC):
 
     @abc.abstractmethod
     def obey(self, message: Any) -> None:
-        """Does what a message asks. Any exception ends the session."""
+        """Does what a message asks. Any exception ends the session; MessageError is for what makes no sense."""
 
     @abc.abstractmethod
     def watch(self) -> None:
@@ -67,7 +71,6 @@ def serve(listener: ControlListener, make_servant: Callable[[Session], Servant],
         while (session := _next_session(listener, ending, name, waits_for)) is not None:
             logging.info("%s: session with %s on %s", name, waits_for, session.peer)
             reason = _serve_session(session, make_servant(session), ending)
-            session.close(reason)
             logging.info("%s: session over: %s", name, reason)
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -86,7 +89,7 @@ def _next_session(listener: ControlListener, ending: threading.Event, name: str,
 def _serve_session(session: Session, servant: Servant, ending: threading.Event) -> str:
     """Serves a session to its end and frees all that it had; returns why it ended."""
     obeying = _Obeying(servant)
-    draining = False
+    draining, end = False, session.close
     try:
         while not obeying.ended:
             message = session.receive(_POLL_MS)
@@ -100,6 +103,8 @@ def _serve_session(session: Session, servant: Servant, ending: threading.Event) 
         reason = "it was told to end (SIGTERM)"
     except SessionEnded as ended:
         reason = str(ended)
+    except MessageError as error:
+        reason, end = str(error), session.refuse
     except Exception as error:
         logging.info("the session failed", exc_info=True)
         reason = servant.reason(error)
@@ -111,6 +116,7 @@ def _serve_session(session: Session, servant: Servant, ending: threading.Event) 
     servant.close()
     # Tracebacks make cycles, which would keep the cache of this session until after that of the next is made.
     gc.collect()
+    end(reason)
     return reason
 
 
