@@ -19,7 +19,7 @@ import msgspec
 import pytest
 from cluster_process import SETTINGS, tokens
 
-from lamina_jax import LLM, SamplingParams, WorkerError
+from lamina_jax import LLM, WorkerError
 from lamina_jax.engine import backend
 from lamina_jax.models import ModelConfig
 from lamina_jax.runtime.assembly import model_facts
@@ -210,15 +210,12 @@ def test_more_batches_than_replicas_over_tcp(workers, checkpoint, expected):
 
 
 def test_attention_worker_killed_while_it_generates(workers, checkpoint, expected):
-    params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+    workers.replace("1", KILL="16:0")
+    victim = workers.processes["1"]
     with LLM(checkpoint, cluster=workers.cluster, **SETTINGS) as llm:
-        assert tokens(llm) == expected
-        outputs = llm.stream(({"prompt_token_ids": [5]}, params) for _ in range(10_000))
-        next(outputs)
-        victim = workers.processes["1"]
-        victim.kill()
-        with pytest.raises(WorkerError, match=rf"model worker at .* attention worker 1 .*\(pid {victim.pid}\)"):
-            list(outputs)
+        with pytest.raises(WorkerError, match=rf"^model worker at .* attention worker 1 .*\(pid {victim.pid}\)"):
+            tokens(llm)
+        assert victim.end() == -signal.SIGKILL
         workers.start("1")
         # The LLM is as good as new, and waits for the worker.
         assert tokens(llm) == expected
