@@ -55,7 +55,7 @@ class Servant(abc.ABC):
 
 
 def serve(listener: ControlListener, make_servant: Callable[[Session], Servant], *, name: str, waits_for: str) -> None:
-    """Serves sessions until SIGTERM; then finishes what is under way, tells the other end, and returns.
+    """Serves sessions until SIGTERM or Ctrl-C; then finishes what is under way, tells the other end, and returns.
 
     Must be called by the main thread, which gets the signal. A session that fails ends, and the worker waits for the
     next one.
@@ -66,14 +66,15 @@ def serve(listener: ControlListener, make_servant: Callable[[Session], Servant],
         waits_for: who opens sessions, e.g. "an engine".
     """
     ending = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: ending.set())
+    before = {n: signal.signal(n, lambda *_: ending.set()) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         while (session := _next_session(listener, ending, name, waits_for)) is not None:
             logging.info("%s: session with %s on %s", name, waits_for, session.peer)
             reason = _serve_session(session, make_servant(session), ending)
             logging.info("%s: session over: %s", name, reason)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         listener.close()
 
 
@@ -100,7 +101,7 @@ def _serve_session(session: Session, servant: Servant, ending: threading.Event) 
                 obeying.take(message)
             servant.watch()
         obeying.check()
-        reason = "it was told to end (SIGTERM)"
+        reason = "it was told to end"
     except SessionEnded as ended:
         reason = str(ended)
     except MessageError as error:

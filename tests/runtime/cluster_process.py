@@ -4,8 +4,8 @@ python cluster_process.py model ADDRESS
 python cluster_process.py N ADDRESS
 python cluster_process.py engine MODEL_ADDRESS MODEL_DIRECTORY ATTENTION_ADDRESS...
 
-KILL=COUNT:MILLISECONDS in the environment has it kill itself (SIGKILL) so long after its control messages, sent and
-received, have come to that count.
+KILL=COUNT:MILLISECONDS:SIGNAL in the environment has it send itself the signal so long after its control messages, sent
+and received, have come to that count.
 """
 
 import os
@@ -47,13 +47,13 @@ def generate(model_worker: str, directory: str, attention_workers: list[str]) ->
     return None
 
 
-def _die_at(count: int, milliseconds: float) -> None:
+def _signal_at(count: int, milliseconds: float, number: int) -> None:
     left = [count]
 
     def note() -> None:
         left[0] -= 1
         if left[0] == 0:
-            threading.Timer(milliseconds / 1000, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+            threading.Timer(milliseconds / 1000, lambda: os.kill(os.getpid(), number)).start()
 
     def noted(method, counts):
         def wrapped(*args, **kwargs):
@@ -74,8 +74,8 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.INFO)
     jax.config.update("jax_platforms", "cpu")
     if "KILL" in os.environ:
-        count, milliseconds = os.environ["KILL"].split(":")
-        _die_at(int(count), float(milliseconds))
+        count, milliseconds, name = os.environ["KILL"].split(":")
+        _signal_at(int(count), float(milliseconds), signal.Signals[name])
     if role == "engine":
         directory, *attention_workers = rest
         generate(address, directory, attention_workers)

@@ -209,20 +209,27 @@ def test_more_batches_than_replicas_over_tcp(workers, checkpoint, expected):
     workers.processes["m"].expect("attention worker 1 on ")
 
 
-def test_attention_worker_killed_while_it_generates(workers, checkpoint, expected):
-    workers.replace("1", KILL="16:0")
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [("SIGKILL", ""), ("SIGSTOP", "no sign of life for 5 s"), ("SIGTERM", "it was told to end")],
+)
+def test_attention_worker_lost_while_it_generates(workers, checkpoint, expected, how, why):
+    workers.replace("1", KILL=f"16:0:{how}")
     victim = workers.processes["1"]
+    name = rf"attention worker 1 at {workers.addresses['1']}, on .* \(pid {victim.pid}\): .*{why}"
     with LLM(checkpoint, cluster=workers.cluster, **SETTINGS) as llm:
-        with pytest.raises(WorkerError, match=rf"^model worker at .* attention worker 1 .*\(pid {victim.pid}\)"):
+        with pytest.raises(WorkerError, match=rf"^model worker at {workers.addresses['m']}, on .*: {name}"):
             tokens(llm)
-        assert victim.end() == -signal.SIGKILL
+        if how == "SIGTERM":
+            assert victim.end() == 0
+        victim.kill()
         workers.start("1")
         # The LLM is as good as new, and waits for the worker.
         assert tokens(llm) == expected
 
 
 def test_engine_killed_while_it_generates(workers, checkpoint, expected):
-    engine = workers.engine(checkpoint, KILL="20:0")
+    engine = workers.engine(checkpoint, KILL="20:0:SIGKILL")
     assert engine.end() == -signal.SIGKILL
     with LLM(checkpoint, cluster=workers.cluster, **SETTINGS) as llm:
         assert tokens(llm) == expected
@@ -283,7 +290,7 @@ def test_whoever_is_killed_whenever(workers, checkpoint, expected, seed):
     """While it connects, loads, prepares or runs steps: nothing hangs, nothing stays, and the next run is right."""
     rng = random.Random(seed)
     victim = rng.choice(["engine", "m", "0", "1"])
-    kill = {"KILL": f"{rng.randrange(1, 40)}:{rng.random() * 5:.2f}"}
+    kill = {"KILL": f"{rng.randrange(1, 40)}:{rng.random() * 5:.2f}:SIGKILL"}
     if victim != "engine":
         workers.replace(victim, **kill)
     engine = workers.engine(checkpoint, **(kill if victim == "engine" else {}))
