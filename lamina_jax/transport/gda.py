@@ -26,7 +26,8 @@ from lamina_jax.transport.base import (
     require_wait,
     slot_room,
 )
-from lamina_jax.transport.gda_link import GdaEnd, Link, LinkAddress, RegionAddress
+from lamina_jax.transport.gda_link import GdaEnd, Link, RegionAddress
+from lamina_jax.transport.rc_queue_pair import QpAddress
 from lamina_jax.transport.rdma_devices import choose_port
 
 KIND = "gda"
@@ -52,7 +53,7 @@ _calls = _load_calls()
 class _Location(msgspec.Struct, frozen=True, kw_only=True):
     """What `ChannelAddress.location` holds, as JSON: the way to one end."""
 
-    link: LinkAddress
+    link: QpAddress
     region: RegionAddress
 
 

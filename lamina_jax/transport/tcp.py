@@ -6,7 +6,7 @@ import os
 import secrets
 import socket
 from collections.abc import Iterator, Sequence
-from typing import Literal, TypeVar
+from typing import Literal
 
 import msgspec
 
@@ -209,10 +209,7 @@ def _located(where: _Creator | _Acceptor) -> str:
     return msgspec.json.encode(where).decode()
 
 
-_Where = TypeVar("_Where", _Creator, _Acceptor)
-
-
-def _parsed(address: ChannelAddress, where: type[_Where], what: str) -> _Where:
+def _parsed[Where: (_Creator, _Acceptor)](address: ChannelAddress, where: type[Where], what: str) -> Where:
     try:
         return msgspec.json.decode(address.location, type=where)
     except msgspec.DecodeError as error:
@@ -231,7 +228,9 @@ def _listening(host: str) -> Iterator[socket.socket]:
         family, _, _, _, where = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(where[:2], family=family, backlog=1)
     except OSError as error:
-        raise OSError(error.errno, f"cannot listen on {host}, which has to be an address of this host: {error}") from error
+        raise OSError(
+            error.errno, f"cannot listen on {host}, which has to be an address of this host: {error}"
+        ) from error
     with listener:
         yield listener
 
@@ -242,17 +241,25 @@ def _connected(peer: str, there: _Acceptor, token: bytes) -> socket.socket:
     try:
         connection = socket.create_connection((there.host, there.port), timeout=_CONNECT_S)
     except OSError as error:
-        raise OSError(error.errno, f"cannot connect to {name}: {error}") from error
+        raise OSError(error.errno or errno.ETIMEDOUT, f"cannot connect to {name}: {error}") from error
     try:
         connection.sendall(_custom_calls.tcp_hello(token))
-        welcome = connection.recv(len(_custom_calls.TCP_WELCOME), socket.MSG_WAITALL)
+        welcome = _receive(connection, len(_custom_calls.TCP_WELCOME))
     except OSError as error:
         connection.close()
-        raise OSError(error.errno, f"no welcome came from {name}: {error}") from error
+        raise OSError(error.errno or errno.ETIMEDOUT, f"no welcome came from {name}: {error}") from error
     if welcome != _custom_calls.TCP_WELCOME:
         connection.close()
         raise ConnectionRefusedError(
             errno.ECONNREFUSED,
-            f"{name} has hung up: expected its welcome, got {welcome!r}; the token of this channel is not the one it waits for",
+            f"{name} did not take the token of this channel: expected a welcome, got {welcome!r}",
         )
     return connection
+
+
+def _receive(connection: socket.socket, num_bytes: int) -> bytes:
+    """So many bytes, or fewer if there are no more."""
+    received = b""
+    while len(received) < num_bytes and (more := connection.recv(num_bytes - len(received))):
+        received += more
+    return received
