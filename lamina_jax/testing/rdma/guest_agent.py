@@ -1,16 +1,18 @@
 """Runs in a virtual machine: starts, signals and reaps the jobs that the host asks for. Standard library only.
 
+    guest_agent.py SHARED_MEMORY_FOLDER
+
 File descriptor 0 is the line to the host, in both directions; requests and events are objects of JSON, one a line:
 
     {"do": "start", "job": 3, "argv": [..], "env": {..}, "cwd": "..", "output": ".."}    a session of its own
     {"do": "signal", "job": 3, "signal": 9, "group": true}                                nothing if it has ended
-    {"do": "reset", "job": 4}                                                   kills whatever any job has left behind
+    {"do": "reset", "job": 4}                 kills what jobs have left behind, and empties the folder
 
     {"event": "ready"}
     {"event": "started", "job": 3, "pid": 123}
     {"event": "refused", "job": 3, "why": ".."}             it could not be started
     {"event": "ended", "job": 3, "status": -9}              as in subprocess: negative for a signal
-    {"event": "reset", "job": 4, "killed": ["sleep 60"]}
+    {"event": "reset", "job": 4, "left": ["sleep 60", "/dev/shm/x"]}
 
 It ends, with all that its jobs have started, when the host hangs up.
 """
@@ -19,8 +21,10 @@ import contextlib
 import ctypes
 import json
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -51,9 +55,9 @@ class Agent:
                 case "signal":
                     self._signal(**request)
                 case "reset":
-                    killed = _kill_descendants()
+                    left = _kill_descendants() + _empty(Path(sys.argv[1]))
                     with self._lock:
-                        self._tell(event="reset", job=request["job"], killed=killed)
+                        self._tell(event="reset", job=request["job"], left=left)
         _kill_descendants()
 
     def _start(self, job: int, argv: list[str], env: dict[str, str], cwd: str, output: str) -> None:
@@ -124,6 +128,17 @@ def _kill_descendants(limit_s: float = 10.0) -> list[str]:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
     return list(killed.values())
+
+
+def _empty(folder: Path) -> list[str]:
+    """Removes what is in a folder. Returns its paths."""
+    found = sorted(folder.iterdir())
+    for path in found:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return [str(path) for path in found]
 
 
 def _descendants() -> set[int]:

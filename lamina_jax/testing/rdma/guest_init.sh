@@ -38,5 +38,5 @@ done
 [ -c "$CONTROL" ] || end "no control port"
 ulimit -l unlimited
 echo "init: ready"
-$B env -i $B chroot $R "$(value lamina.python)" -I -S -B "$(value lamina.agent)" 0<>"$CONTROL"
+$B env -i $B chroot $R "$(value lamina.python)" -I -S -B "$(value lamina.agent)" /dev/shm 0<>"$CONTROL"
 end "the agent ended with status $?"

@@ -3,7 +3,7 @@
     with machines(2, folder=folder) as (a, b):
         server = a.start(["ib_write_lat", "-d", DEVICE, "-x", "1", "-F"])
         a.wait_for_port(18515)
-        print(b.run(["ib_write_lat", "-d", DEVICE, "-x", "1", "-F", a.address], timeout_s=60))
+        print(b.run(["ib_write_lat", "-d", DEVICE, "-x", "1", "-F", a.address], timeout_s=60.0))
         server.wait(timeout_s=10)
 
 Each is a QEMU without hardware acceleration that runs a stock kernel on this machine's own files, read-only below a
@@ -30,7 +30,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -291,18 +291,17 @@ class Machine:
 
         Returns what was left behind: command lines of processes and paths of files.
         """
-        for job in self._jobs.values():
+        for job in list(self._jobs.values()):
             if job.pid is not None and job.status is None:
                 job.kill()
-                job.wait(timeout_s=30)
+                job.wait(timeout_s=30.0)
         number = next(self._numbers)
         self._ask(do="reset", job=number)
         if not self._wait_until(lambda: number in self._resets, 30.0, "killing what jobs left"):
             raise MachineError(f"machine {self.name} has not killed what jobs left within 30 s\n{self._tail()}")
-        files = self.run(["bash", "-c", "cd /dev/shm; ls -A; find . -mindepth 1 -delete"], timeout_s=30, name="clean")
-        self.set_loss(0)
+        self.set_loss(0.0)
         self.set_link(up=True)
-        return self._resets[number] + [f"/dev/shm/{file}" for file in files.splitlines()]
+        return self._resets[number]
 
     def cut_power(self) -> None:
         """Ends it as if its plug were pulled; its peer hears nothing more."""
@@ -312,8 +311,6 @@ class Machine:
 
     def close(self) -> None:
         """Hangs up, and kills it if it does not power off."""
-        with contextlib.suppress(OSError):
-            self._listener.close()
         if self._line is not None:
             with contextlib.suppress(OSError):
                 self._line.shutdown(socket.SHUT_RDWR)
@@ -321,6 +318,7 @@ class Machine:
                 self._process.wait(_GRACE_S)
         self.cut_power()
         self._reader.join(_GRACE_S)
+        self._listener.close()
         if self._line is not None:
             self._line.close()
 
@@ -342,11 +340,12 @@ class Machine:
             ip link set eth0 mtu {MTU} up
             rdma link add {DEVICE} type rxe netdev eth0
             {_wait_for_gid(DEVICE)}
+            printf '10.99.0.1 a\n10.99.0.2 b\n' >> /etc/hosts
             {"" if linked else loopback}
         """)
 
     def _configure(self, script: str) -> None:
-        self.run(["bash", "-ec", script], timeout_s=30, cwd=Path("/"), name="network")
+        self.run(["bash", "-ec", script], timeout_s=30.0, cwd=Path("/"), name="network")
 
     def _environment(self, added: Mapping[str, str]) -> dict[str, str]:
         return {
@@ -362,20 +361,19 @@ class Machine:
 
     def _read(self) -> None:
         """Takes the machine's call, and notes what it tells until it hangs up."""
-        try:
-            self._listener.settimeout(_BOOT_LIMIT_S)
-            line, _ = self._listener.accept()
-            line.settimeout(None)
-            with line.makefile("r", encoding="utf-8", errors="replace") as lines:
-                self._line = line
-                for text in lines:
-                    self._note(json.loads(text))
-        except OSError:
-            pass
-        finally:
-            with self._changed:
-                self._gone = True
-                self._changed.notify_all()
+        self._listener.settimeout(0.2)
+        while self._line is None and self.alive:
+            with contextlib.suppress(TimeoutError):
+                self._line, _ = self._listener.accept()
+        if self._line is not None:
+            self._line.settimeout(None)
+            # A line that breaks off was not sent to its end.
+            with contextlib.suppress(OSError, ValueError), self._line.makefile("rb") as lines:
+                for line in lines:
+                    self._note(json.loads(line))
+        with self._changed:
+            self._gone = True
+            self._changed.notify_all()
 
     def _note(self, event: dict[str, Any]) -> None:
         with self._changed:
@@ -390,7 +388,7 @@ class Machine:
                 case "ended" if job:
                     job._seconds, job._status = job.seconds, event["status"]
                 case "reset":
-                    self._resets[event["job"]] = event["killed"]
+                    self._resets[event["job"]] = event["left"]
             self._changed.notify_all()
 
     def _ask(self, **request: object) -> None:
@@ -403,7 +401,7 @@ class Machine:
         except OSError as error:
             raise MachineError(f"{self._end()} {error}") from error
 
-    def _wait_until(self, done: Any, timeout_s: float, why: str) -> bool:
+    def _wait_until(self, done: Callable[[], bool], timeout_s: float, why: str) -> bool:
         """Whether `done()` became true in time. Raises MachineError if the machine ended before."""
         with self._changed:
             self._changed.wait_for(lambda: done() or self._gone, timeout_s)

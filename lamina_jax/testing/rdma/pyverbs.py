@@ -18,8 +18,8 @@ from lamina_jax.testing.rdma.packages import PYVERBS_PACKAGES, locked, require_p
 _PYVERBS: Final = "pyverbs==59.0"
 # mlx5dv_flow.pyx of this version is no Cython 3.2.
 _CYTHON: Final = "cython>=3.0.12,<3.2"
-_WANTED: Final = re.compile(r"python/pyverbs/[a-z_]+\.cpython.*\.so|lib/lib(rxe|siw)-rdmav\d+\.so")
-"""Of the targets: the modules, and the drivers of Soft-RoCE and Soft-iWARP; those of NICs the modules bring along."""
+_WANTED: Final = re.compile(r"python/pyverbs/[a-z_]+\.cpython.*\.so|lib/lib(?!ib|rdmacm|rspreload)[\w-]+\.so[\d.]*")
+"""Of the targets: the modules, which bring the libraries along, and the drivers of all devices."""
 _PATH_FILE: Final = "lamina_jax_pyverbs.pth"
 
 
@@ -32,7 +32,8 @@ def build_pyverbs(work: Path = WORK) -> Path:
     require_packages(PYVERBS_PACKAGES)
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     home = work / f"pyverbs-{python}"
-    with locked(work), made_once(home, {"pyverbs": _PYVERBS, "cython": _CYTHON, "python": sys.version}) as missing:
+    inputs = {"pyverbs": _PYVERBS, "cython": _CYTHON, "targets": _WANTED.pattern, "python": sys.version}
+    with locked(work), made_once(home, inputs) as missing:
         if missing:
             _build(home)
     return home / "site"

@@ -95,7 +95,7 @@ class Runner:
     def _check(self, check: Check, booted: tuple[Machine, ...]) -> None:
         start = time.monotonic()
         limit_s = min(check.limit_s, self._deadline - start)
-        if limit_s < _LEAST_S:
+        if limit_s < min(check.limit_s, _LEAST_S):
             self._note(failed(check.name, f"not begun: the {self._limit_s:.0f} s of all checks were up"), start)
             return
         num_rows = len(self.rows)
