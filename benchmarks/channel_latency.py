@@ -18,18 +18,9 @@ import jax
 import jax.numpy as jnp
 import msgspec
 from absl import app, flags
+from ping_pong import make_ping, make_pong, spec
 
-from lamina_jax.transport import (
-    Channel,
-    ChannelAddress,
-    MessageSpec,
-    Tag,
-    attach,
-    channel_class,
-    make_stamp,
-    recv,
-    send,
-)
+from lamina_jax.transport import ChannelAddress, MessageSpec, Tag, attach, channel_class
 
 _KIND = flags.DEFINE_enum("kind", "shm", ["shm", "tcp"], "The kind of channel.")
 _SIZES = flags.DEFINE_list("sizes", ["2048", "32768", "262144", "1048576"], "Bytes of one message.")
@@ -67,10 +58,6 @@ class Answers(msgspec.Struct):
     back: ChannelAddress | None
 
 
-def spec(num_bytes: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((num_bytes // 4,), jnp.float32)
-
-
 def cores() -> tuple[int, int]:
     """A core for each side."""
     allowed = sorted(_ALLOWED)
@@ -85,28 +72,6 @@ def pin(core: int) -> None:
 
 def spin() -> dict[str, float]:
     return {} if _SPIN_US.value is None else {"spin_us": _SPIN_US.value}
-
-
-def make_ping(tx: Channel, rx: Channel, rounds: int):
-    """A compiled loop of `rounds` round trips. float32[n] -> float32[n]"""
-
-    def body(_, carry):
-        stamp, x = carry
-        stamp = send([tx], stamp, [x], tag=Tag.Q)
-        (x,), stamp = recv([rx], stamp, [jax.ShapeDtypeStruct(x.shape, x.dtype)], tag=Tag.ATTENDED)
-        return stamp, x
-
-    return jax.jit(lambda x: jax.lax.fori_loop(0, rounds, body, (make_stamp(0), x))[1], donate_argnums=0)
-
-
-def make_pong(rx: Channel, tx: Channel, num_bytes: int, rounds: int):
-    """A compiled loop that echoes `rounds` messages."""
-
-    def body(_, stamp):
-        (x,), stamp = recv([rx], stamp, [spec(num_bytes)], tag=Tag.Q)
-        return send([tx], stamp, [x], tag=Tag.ATTENDED)
-
-    return jax.jit(lambda: jax.lax.fori_loop(0, rounds, body, make_stamp(0)))
 
 
 def run_peer() -> None:

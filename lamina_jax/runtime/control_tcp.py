@@ -133,7 +133,8 @@ class ControlListener(ControlThread):
         self._thread.start()
 
     def accept(self, timeout_ms: int) -> Session | None:
-        """The session that an engine has opened, or None if none does within `timeout_ms`."""
+        """The session that an engine has opened, or None if none does within `timeout_ms`. Raises RuntimeError if the
+        listener is closed or its thread failed."""
         deadline = time.monotonic() + timeout_ms / 1000
         while True:
             try:

@@ -20,9 +20,10 @@ from lamina_jax.transport.base import (
     require_wait,
     slot_room,
 )
-from lamina_jax.transport.cpu_calls import DEFAULT_SPIN_US, TARGETS
+from lamina_jax.transport.cpu_calls import TARGETS
 
 KIND = "tcp"
+_SPIN_US = 0.0  # it is another thread that receives: polling for what it will have would keep it from the core
 _CONNECT_S = 5.0  # the longest that the other end may take to accept, and to welcome
 
 
@@ -86,7 +87,7 @@ class TcpChannel(Channel):
         num_slots: int = 8,
         slot_bytes: int | None = None,
         timeout_s: float = 60.0,
-        spin_us: float = DEFAULT_SPIN_US,
+        spin_us: float = _SPIN_US,
         device: int | None = None,
     ) -> "TcpChannel":
         """Reserves the memory of this end; see `Channel.create`.
@@ -118,7 +119,7 @@ class TcpChannel(Channel):
         role: Role,
         peer: str,
         timeout_s: float = 60.0,
-        spin_us: float = DEFAULT_SPIN_US,
+        spin_us: float = _SPIN_US,
         host: str = "127.0.0.1",
     ) -> "TcpChannel":
         """Takes the free end of the channel and waits, in a thread, for the creator to connect; see `Channel.attach`.

@@ -162,7 +162,10 @@ class VerbsChannel(Channel):
         require_wait(timeout_s, spin_us)
         there = _parsed(address, peer)
         if role == address.creator_role:
-            raise ValueError(f"the {role} of the channel is already taken by process {there.pid} on {there.host}")
+            raise ValueError(
+                f"the {role} of the ring at {there.device} on {there.host} is already taken: expected no {role}, got "
+                f"process {there.pid}"
+            )
         end = _End.make(
             role=role,
             peer=peer,

@@ -372,7 +372,7 @@ def test_what_came_before_the_end_is_received(listener, key):
 
 
 def test_ends_that_close_at_once_still_say_why(key):
-    for _ in range(20):
+    for _ in range(10):
         with listening(key) as listener, linked(listener.address, key) as link:
             link.open(30.0, ignore)
             listener.close("it was told to end")
@@ -788,13 +788,13 @@ def decode(frames: list[bytes]) -> None:
         assert isinstance(message, Ping | wire.FromEngine)
 
 
-@settings(max_examples=1000)
+@settings(max_examples=500)
 @given(st.lists(st.binary(max_size=200), max_size=5))
 def test_random_frames_decode_to_a_message_or_an_error(frames):
     decode(frames)
 
 
-@settings(max_examples=1000)
+@settings(max_examples=500)
 @given(st.integers())
 def test_mutated_frames_decode_to_a_message_or_an_error(seed):
     decode(mutated(random.Random(seed), messages_of(bytes(range(16)))))
