@@ -69,8 +69,8 @@ class LLM:
         model_platform, attention_platform: "cpu" or "cuda", where the model's slices run and where attention does. A
             model on "cuda" needs the environment variable JAX_PLATFORMS=cuda,cpu, or none.
         transport: kind of the channels to the attention workers, or "auto" for the one that the platforms suggest:
-            "shm" between CPUs, "cuda_host" from a GPU to a CPU, "cuda_ipc" between GPUs of one host, for which there is
-            also "gda", GPU-initiated RDMA.
+            "shm" between CPUs, for which there are also "verbs" (RDMA) and "tcp", "cuda_host" from a GPU to a CPU,
+            "cuda_ipc" between GPUs of one host, for which there is also "gda", GPU-initiated RDMA.
         tensor_parallel_size: devices that share the model; each sends its own heads to its own attention workers, so
             num_attention_workers is a multiple of it.
         model_memory_fraction, attention_memory_fraction: of a GPU's memory, what the model and what each attention

@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +46,9 @@ from lamina_jax.runtime.messages import (
     ToClusterWorker,
 )
 from lamina_jax.runtime.places import CACHE_SHARE_OF_GPU, device_bytes
-from lamina_jax.runtime.serving import Servant, serve
+from lamina_jax.runtime.serving import MessageError, Servant, serve
 from lamina_jax.runtime.stamps import first_stamp
-from lamina_jax.transport import Channel, ChannelAddress, attach, first_failure
+from lamina_jax.transport import Channel, ChannelAddress, Role, attach, first_failure
 from lamina_jax.transport.recorder import start_recording
 
 FLAGS = flags.FLAGS
@@ -132,13 +133,15 @@ class AttentionWorker:
 class AttentionServant(Servant):
     """Obeys the model worker, whether that is on this host or another."""
 
-    def __init__(self, send: Callable[[Any], None], peer: str) -> None:
+    def __init__(self, send: Callable[[Any], None], *, peer: str = "model worker", host: str = "127.0.0.1") -> None:
         """Args:
         send: queues a message for the model worker (`messages.FromWorker`, `messages.FromClusterWorker`).
-        peer: what errors call it.
+        peer: what errors call the model worker.
+        host: address of this host by which the model worker reaches it.
         """
         self._send = send
         self._peer = peer
+        self._host = host
         self._worker: AttentionWorker | None = None
         self._aborted = False
 
@@ -158,7 +161,7 @@ class AttentionServant(Servant):
                 self._worker.dispatch(message)
             case _:
                 when = "before" if self._worker is None else "after"
-                raise RuntimeError(f"got {type(message).__name__} {when} Configure")
+                raise MessageError(f"{type(message).__name__} came {when} Configure")
 
     def watch(self) -> None:
         if self._worker is not None:
@@ -189,10 +192,17 @@ class AttentionServant(Servant):
                 f"{config.name} expects the messages {', '.join(own)}, the {self._peer} has "
                 f"{', '.join(message.messages)}; both must run the same version of lamina_jax"
             )
-        options = {"peer": self._peer, "timeout_s": _PATIENCE_S}
-        inboxes = [attach(address, role="reader", **options) for address in message.inboxes]
-        outboxes = [attach(address, role="writer", **options) for address in message.outboxes]
-        return AttentionWorker(config, inboxes, outboxes), tuple(c.answer for c in (*inboxes, *outboxes))
+        with contextlib.ExitStack() as undo:
+            inboxes = [undo.enter_context(self._attached(address, "reader")) for address in message.inboxes]
+            outboxes = [undo.enter_context(self._attached(address, "writer")) for address in message.outboxes]
+            worker = AttentionWorker(config, inboxes, outboxes)
+            undo.pop_all()
+        return worker, tuple(c.answer for c in (*inboxes, *outboxes))
+
+    def _attached(self, address: ChannelAddress, role: Role) -> Channel:
+        # Elsewhere the creator cannot reach this end.
+        options = {"host": self._host} if address.kind == "tcp" else {}
+        return attach(address, role=role, peer=self._peer, timeout_s=_PATIENCE_S, **options)
 
 
 def serve_cluster(listener: ControlListener, *, name: str) -> None:
@@ -203,8 +213,10 @@ def serve_cluster(listener: ControlListener, *, name: str) -> None:
         name: of this worker in the log, e.g. "attention worker 1".
     """
 
+    host = urlsplit(listener.address).hostname or ""
+
     def make(session: Session) -> AttentionServant:
-        return AttentionServant(session.send, f"model worker on {session.peer.host}")
+        return AttentionServant(session.send, peer=f"model worker on {session.peer.host}", host=host)
 
     serve(listener, make, name=name, waits_for="a model worker")
 
@@ -238,7 +250,7 @@ def _main(argv: list[str]) -> None:
 
 
 def _serve(client: ControlClient) -> None:
-    servant = AttentionServant(client.send, "model worker")
+    servant = AttentionServant(client.send)
     with contextlib.ExitStack() as at_end:
         while not isinstance(message := client.receive(timeout_ms=_POLL_MS), Shutdown):
             if message is not None:

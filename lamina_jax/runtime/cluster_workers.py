@@ -65,9 +65,12 @@ class ClusterWorkers(AttentionWorkers):
         return [f"attention worker {i} on {peer.host}" for i, peer in enumerate(self._peers)]
 
     def cache_bytes(self) -> int:
-        # Workers of one host share its memory; those on GPUs have one each, or share it, too.
+        # Workers on the CPUs of one host share its memory; what one on a GPU may take is its own.
         hosts = collections.Counter(peer.boot_id for peer in self._peers)
-        return min(self._available[i].cache_bytes // hosts[peer.boot_id] for i, peer in enumerate(self._peers))
+        return min(
+            self._available[i].cache_bytes // (hosts[peer.boot_id] if self._available[i].platform == "cpu" else 1)
+            for i, peer in enumerate(self._peers)
+        )
 
     def choose_channels(self, placement: Placement, transport: str) -> list[tuple[str, str]]:
         """For each worker the kind of channel that leads there, and why.

@@ -33,8 +33,8 @@ from lamina_jax.runtime.messages import (
 )
 from lamina_jax.runtime.model import Model
 from lamina_jax.runtime.model_worker import ModelWorker
-from lamina_jax.runtime.plan import decode_plan
-from lamina_jax.runtime.serving import Servant, serve
+from lamina_jax.runtime.plan import StepPlan, decode_plan
+from lamina_jax.runtime.serving import MessageError, Servant, serve
 
 
 def serve_model(listener: ControlListener, key: ClusterKey | None, info: PeerInfo) -> None:
@@ -114,11 +114,11 @@ class ModelServant(Servant):
                 self._worker.prepare(message.bucket, message.num_batches)
                 self._send(Done())
             case RunPlans() if self._worker is not None:
-                tokens = self._worker.run([decode_plan(batch) for batch in message.batches])
+                tokens = self._worker.run(_plans(message))
                 # Steps are dispatched ahead of the tokens of those before them.
                 self._unread.append(self._reader.submit(self._read, self._worker, message.step, tokens))
             case _:
-                raise RuntimeError(f"{type(message).__name__} came out of turn")
+                raise MessageError(f"{type(message).__name__} came out of turn")
 
     def watch(self) -> None:
         while self._unread and self._unread[0].done():
@@ -189,3 +189,10 @@ class ModelServant(Servant):
         read = tuple(np.asarray(each).tobytes() for each in tokens)
         worker.check()
         self._send(Sampled(step, read))
+
+
+def _plans(message: RunPlans) -> list[StepPlan]:
+    try:
+        return [decode_plan(batch) for batch in message.batches]
+    except ValueError as error:
+        raise MessageError(f"a plan of step {message.step} does not fit its bucket: {error}") from error

@@ -82,7 +82,9 @@ def decode_plan(message: PlannedBatch) -> StepPlan:
 
     if message.sampling.keys() != _SAMPLING_DTYPES.keys():
         raise ValueError(f"expected sampling to have {sorted(_SAMPLING_DTYPES)}, got {sorted(message.sampling)}")
-    sampling: dict[str, Any] = {name: array(message.sampling[name], dtype=dtype) for name, dtype in _SAMPLING_DTYPES.items()}
+    sampling: dict[str, Any] = {
+        name: array(message.sampling[name], dtype=dtype) for name, dtype in _SAMPLING_DTYPES.items()
+    }
     return StepPlan(
         bucket=bucket,
         batch=message.batch,

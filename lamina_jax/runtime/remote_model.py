@@ -100,7 +100,8 @@ class RemoteModelWorker(StepRunner):
 
     def close(self) -> None:
         self._fail(WorkerError("the session with the model worker was closed."))
-        self._thread.join()
+        if threading.current_thread() is not self._thread:  # which may be the one that collects garbage
+            self._thread.join()
         self._link.close()
 
     def _ask(self, message: ToModelWorker, number: int | None) -> Future[Any]:

@@ -18,6 +18,10 @@ _POLL_MS: Final = 50
 _END_TIMEOUT_S: Final = 1800.0
 
 
+class MessageError(Exception):
+    """A message makes no sense: it is out of turn, or its parts do not fit together."""
+
+
 class Servant(abc.ABC):
     """What a worker does for one session.
 
@@ -27,7 +31,7 @@ class Servant(abc.ABC):
 
     @abc.abstractmethod
     def obey(self, message: Any) -> None:
-        """Does what a message asks. Any exception ends the session."""
+        """Does what a message asks. Any exception ends the session; MessageError is for what makes no sense."""
 
     @abc.abstractmethod
     def watch(self) -> None:
@@ -51,7 +55,7 @@ class Servant(abc.ABC):
 
 
 def serve(listener: ControlListener, make_servant: Callable[[Session], Servant], *, name: str, waits_for: str) -> None:
-    """Serves sessions until SIGTERM; then finishes what is under way, tells the other end, and returns.
+    """Serves sessions until SIGTERM or Ctrl-C; then finishes what is under way, tells the other end, and returns.
 
     Must be called by the main thread, which gets the signal. A session that fails ends, and the worker waits for the
     next one.
@@ -62,15 +66,15 @@ def serve(listener: ControlListener, make_servant: Callable[[Session], Servant],
         waits_for: who opens sessions, e.g. "an engine".
     """
     ending = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: ending.set())
+    before = {n: signal.signal(n, lambda *_: ending.set()) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         while (session := _next_session(listener, ending, name, waits_for)) is not None:
             logging.info("%s: session with %s on %s", name, waits_for, session.peer)
             reason = _serve_session(session, make_servant(session), ending)
-            session.close(reason)
             logging.info("%s: session over: %s", name, reason)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         listener.close()
 
 
@@ -86,7 +90,7 @@ def _next_session(listener: ControlListener, ending: threading.Event, name: str,
 def _serve_session(session: Session, servant: Servant, ending: threading.Event) -> str:
     """Serves a session to its end and frees all that it had; returns why it ended."""
     obeying = _Obeying(servant)
-    draining = False
+    draining, end = False, session.close
     try:
         while not obeying.ended:
             message = session.receive(_POLL_MS)
@@ -97,9 +101,11 @@ def _serve_session(session: Session, servant: Servant, ending: threading.Event) 
                 obeying.take(message)
             servant.watch()
         obeying.check()
-        reason = "it was told to end (SIGTERM)"
+        reason = "it was told to end"
     except SessionEnded as ended:
         reason = str(ended)
+    except MessageError as error:
+        reason, end = str(error), session.refuse
     except Exception as error:
         logging.info("the session failed", exc_info=True)
         reason = servant.reason(error)
@@ -111,6 +117,7 @@ def _serve_session(session: Session, servant: Servant, ending: threading.Event) 
     servant.close()
     # Tracebacks make cycles, which would keep the cache of this session until after that of the next is made.
     gc.collect()
+    end(reason)
     return reason
 
 
