@@ -119,17 +119,18 @@ void TcpChannel::Start(UniqueFd listener, const Token& token, UniqueFd socket, T
   peer_pid_.store(peer.pid, std::memory_order_release);
   const std::lock_guard<std::mutex> lock(mutex_);
   socket_ = std::move(socket);
-  std::thread([self = shared_from_this(), listener = std::move(listener), token] {
-    self->Run(listener.get(), token);
+  std::thread([self = shared_from_this(), listener = std::move(listener), token]() mutable {
+    self->Run(std::move(listener), token);
   }).detach();
   running_ = true;
 }
 
-void TcpChannel::Run(int listener, const Token& token) {
+void TcpChannel::Run(UniqueFd listener, const Token& token) {
   pthread_setname_np(pthread_self(), "lamina-tcp");
   try {
     if (!socket_.open()) {
-      UniqueFd socket = AcceptPeer(listener, kick_.get(), token, [this] { return StoppedHere(); });
+      UniqueFd socket = AcceptPeer(listener.get(), kick_.get(), token, [this] { return StoppedHere(); });
+      listener.Reset();
       const std::lock_guard<std::mutex> lock(mutex_);
       socket_ = std::move(socket);
     }

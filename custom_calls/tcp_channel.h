@@ -69,7 +69,7 @@ class TcpChannel final : public ChannelEnd, public std::enable_shared_from_this<
   TcpChannel(EndOptions options, std::unique_ptr<Memory> memory, std::uint32_t num_slots, std::uint64_t slot_bytes);
 
   void Start(UniqueFd listener, const Token& token, UniqueFd socket, TcpPeer peer);
-  void Run(int listener, const Token& token);
+  void Run(UniqueFd listener, const Token& token);
   void Pump();
   void Finish();
   void Stop(std::uint32_t reason);

@@ -10,12 +10,14 @@
 #include <cstddef>
 #include <cstring>
 #include <ctime>
+#include <fstream>
 #include <new>
 #include <system_error>
 #include <thread>
 #include <utility>
 
 #include "system.h"
+#include "verbs_events.h"
 #include "verbs_library.h"
 
 namespace lamina {
@@ -70,10 +72,19 @@ std::shared_ptr<VerbsChannel> VerbsChannel::Create(EndOptions options, std::uint
 }
 
 void VerbsChannel::Open(VerbsPort port) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  port_ = std::move(port);
-  const int error = PostReceives(port_.recv_depth);
-  if (error != 0) ThrowErrno(error, port_.where + " takes no receives");
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    port_ = std::move(port);
+    const int error = PostReceives(port_.recv_depth);
+    if (error != 0) ThrowErrno(error, port_.where + " takes no receives");
+  }
+  TheVerbsEvents().Listen(port_.qp, port_.cq, [this](const std::string& why) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      Lost(why + " (" + port_.where + ")");
+    }
+    Wake();
+  });
 }
 
 void VerbsChannel::Connect(VerbsPeer peer) {
@@ -81,14 +92,6 @@ void VerbsChannel::Connect(VerbsPeer peer) {
   peer_ = std::move(peer);
   peer_pid_.store(peer_.pid, std::memory_order_release);
   connected_.store(true, std::memory_order_release);
-}
-
-void VerbsChannel::Lose(const std::string& why) {
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    Lost(why);
-  }
-  Wake();
 }
 
 std::string VerbsChannel::PeerLabel() const {
@@ -121,6 +124,12 @@ std::uint32_t VerbsChannel::stop() {
 }
 
 std::string VerbsChannel::PeerLoss() {
+  ibv_context* device = nullptr;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (port_.qp != nullptr) device = port_.qp->context;
+  }
+  if (device != nullptr) TheVerbsEvents().Take(device);
   const std::lock_guard<std::mutex> lock(mutex_);
   Drain();
   if (loss_.empty()) Probe();
@@ -302,7 +311,8 @@ std::string VerbsChannel::Explain(const ibv_wc& completion) const {
                            std::to_string(completion.status) + " of " + port_.where;
   switch (completion.status) {
     case IBV_WC_RETRY_EXC_ERR:
-      return "the peer does not answer any more: its process or host has died, or the link is down (" + said + ")";
+      return "the peer does not answer any more: its process or host has died, or the link is down (" + said +
+             PortState() + ")";
     case IBV_WC_REM_ACCESS_ERR:
     case IBV_WC_REM_INV_REQ_ERR:
     case IBV_WC_REM_OP_ERR:
@@ -312,6 +322,13 @@ std::string VerbsChannel::Explain(const ibv_wc& completion) const {
     default:
       return "RDMA failed (" + said + ")";
   }
+}
+
+// Empty while the port of this end is up.
+std::string VerbsChannel::PortState() const {
+  std::string state;
+  std::getline(std::ifstream(port_.state_file), state);
+  return state.empty() || state.find("ACTIVE") != std::string::npos ? "" : "; its port is " + state;
 }
 
 std::string VerbsChannel::PostFailed(int error) const {
@@ -346,10 +363,12 @@ void VerbsChannel::Close() {
   Stop(kStopClosed);
   const auto deadline = Clock::now() + kLinger;
   while (!Quiet() && Clock::now() < deadline) std::this_thread::sleep_for(kLingerLook);
+  ibv_qp* qp = nullptr;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    port_.qp = nullptr;
+    qp = std::exchange(port_.qp, nullptr);
   }
+  TheVerbsEvents().Forget(qp);
   // A sleeper looks at the file of the completion queue. It was woken.
   while (dozing_) std::this_thread::sleep_for(kLingerLook);
 }

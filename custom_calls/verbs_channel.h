@@ -45,7 +45,8 @@ struct VerbsPort {
   std::uint32_t max_inline;
   std::uint32_t send_depth;
   std::uint32_t recv_depth;
-  std::string where;  // this end as errors call it, e.g. "rxe0 of host-a"
+  std::string where;       // this end as errors call it, e.g. "rxe0 on host-a"
+  std::string state_file;  // says in its first line whether the port is up
 };
 
 struct VerbsPeer {
@@ -68,8 +69,6 @@ class VerbsChannel final : public ChannelEnd {
   void Open(VerbsPort port);
   // Names the other end. The queue pair must be ready to send.
   void Connect(VerbsPeer peer);
-  // Something that concerns the device happened, e.g. its port went down: the cause of failures from now on.
-  void Lose(const std::string& why);
 
   void Abort() override;
   // Waits, for a while, until what was sent has arrived, and until no operation uses the queue pair.
@@ -100,6 +99,7 @@ class VerbsChannel final : public ChannelEnd {
   void Take(const ibv_wc& completion);
   void Probe();
   void Lost(const std::string& why);
+  std::string PortState() const;
   std::string Explain(const ibv_wc& completion) const;
   std::string PostFailed(int error) const;
 

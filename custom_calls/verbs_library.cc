@@ -23,6 +23,9 @@ VerbsLibrary Load() {
   Find(library, "ibv_wc_status_str", &found.status_text);
   Find(library, "ibv_get_cq_event", &found.get_cq_event);
   Find(library, "ibv_ack_cq_events", &found.ack_cq_events);
+  Find(library, "ibv_get_async_event", &found.get_async_event);
+  Find(library, "ibv_ack_async_event", &found.ack_async_event);
+  Find(library, "ibv_event_type_str", &found.event_text);
   return found;
 }
 

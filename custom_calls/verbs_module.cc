@@ -26,9 +26,10 @@ std::unique_ptr<VerbsHandle> Create(bool writer, std::string peer, std::uint32_t
 }
 
 void Open(const VerbsHandle& handle, std::uintptr_t qp, std::uintptr_t cq, std::uint32_t lkey, std::uint32_t max_inline,
-          std::uint32_t send_depth, std::uint32_t recv_depth, std::string where) {
+          std::uint32_t send_depth, std::uint32_t recv_depth, std::string where,
+          std::string state_file) {
   handle.end()->Open({reinterpret_cast<ibv_qp*>(qp), reinterpret_cast<ibv_cq*>(cq), lkey, max_inline, send_depth,
-                      recv_depth, std::move(where)});
+                      recv_depth, std::move(where), std::move(state_file)});
 }
 
 void Connect(const VerbsHandle& handle, std::uint64_t region, std::uint32_t rkey, std::uint32_t pid,
@@ -44,11 +45,8 @@ void BindVerbs(nb::module_& module) {
       .def_static("create", &Create, nb::arg("writer"), nb::arg("peer"), nb::arg("num_slots"), nb::arg("slot_bytes"),
                   nb::arg("timeout_s"), nb::arg("spin_us"), nb::arg("device") = kAnyDevice, no_gil)
       .def("open", &Open, nb::arg("qp"), nb::arg("cq"), nb::arg("lkey"), nb::arg("max_inline"), nb::arg("send_depth"),
-           nb::arg("recv_depth"), nb::arg("where"), no_gil)
+           nb::arg("recv_depth"), nb::arg("where"), nb::arg("state_file"), no_gil)
       .def("connect", &Connect, nb::arg("region"), nb::arg("rkey"), nb::arg("pid"), nb::arg("host"), no_gil)
-      .def("lose", [](const VerbsHandle& handle, const std::string& why) {
-        if (const auto open = handle.channel()) std::static_pointer_cast<VerbsChannel>(open)->Lose(why);
-      }, nb::arg("why"), no_gil)
       .def_prop_ro("region", [](const VerbsHandle& handle) {
         return reinterpret_cast<std::uintptr_t>(handle.end()->region());
       })

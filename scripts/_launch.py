@@ -56,3 +56,8 @@ def listen(
         problem = rdma_problem()
         info = peer_info(rdma=None if problem else rdma_device(), rdma_problem=problem or "")
         return ControlListener(address, key, incoming, name, info), key, info
+
+
+def say_end(name: str, listener: "ControlListener") -> None:
+    """Logs that a worker has ended, and what came to its control socket meanwhile."""
+    logging.info("%s: ended; came to %s: %s", name, listener.address, listener.counters)

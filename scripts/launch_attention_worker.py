@@ -30,6 +30,7 @@ def main() -> None:
     name = f"attention worker {FLAGS.index}"
     listener, _, _ = _launch.listen(cluster, cluster.attention_workers[FLAGS.index], ToClusterWorker, name)
     serve_cluster(listener, name=name)
+    _launch.say_end(name, listener)
 
 
 def _check_index(count: int) -> None:

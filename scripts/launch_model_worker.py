@@ -25,6 +25,7 @@ def main() -> None:
 
     listener, key, info = _launch.listen(cluster, cluster.model_worker, ToModelWorker, "model worker")
     serve_model(listener, key, info)
+    _launch.say_end("model worker", listener)
 
 
 if __name__ == "__main__":

@@ -10,26 +10,29 @@ does not understand or expect gets no answer: it is counted and logged, and chan
 """
 
 import contextlib
-import dataclasses
-import os
 import secrets
-import select
 import socket
 import threading
 import time
-import weakref
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable
+from typing import Any, Final
 
-import msgspec
 import zmq
-from absl import logging
 from zmq.utils import z85
-from zmq.utils.monitor import recv_monitor_message
 
 from lamina_jax.runtime import control_wire as wire
 from lamina_jax.runtime.cluster_key import ClusterKey
+from lamina_jax.runtime.control_thread import (
+    HANDSHAKE_FAILED,
+    SILENCE_S,
+    Arrival,
+    ControlThread,
+    Conversation,
+    Counters,
+    Inbox,
+    SessionEnded,
+    connection_events,
+)
 from lamina_jax.runtime.control_wire import MAX_MESSAGE_BYTES, PROTOCOL, PeerInfo, peer_info, same_host
 from lamina_jax.runtime.errors import WorkerError
 
@@ -47,293 +50,9 @@ __all__ = [
     "same_host",
 ]
 
-BEAT_S: Final = 0.5
-"""Seconds between signs of life."""
-
-SILENCE_S: Final = 5.0
-"""Seconds without a sign of life after which a session is over."""
-
 _RETRY_S: Final = 0.5
 _TELL_S: Final = 5.0
-_LOG_EVERY_S: Final = 10.0
-_LINGER_MS: Final = 500
-_HANDSHAKE_MS: Final = 5000
-# ZeroMQ's own signs of life end connections whose other host is gone. Later than sessions, which say more.
-_DEAD_MS: Final = int(2 * SILENCE_S * 1000)
-_QUEUED: Final = 256
-_UNREAD: Final = 256
-_AT_A_TIME: Final = 100
-_TURN_MS: Final = int(BEAT_S * 1000 / 2)
 _ZAP: Final = "inproc://zeromq.zap.01"
-_FAILED: Final = (
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-)
-_EVENTS: Final = (
-    zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | _FAILED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
-)
-
-
-@dataclasses.dataclass(kw_only=True)
-class Counters:
-    """What came, from the start on. A connection that has ended is in one of the three counters that follow it."""
-
-    connections: int = 0
-    """TCP connections accepted."""
-    handshakes_failed: int = 0
-    """Connections that did not finish the handshake: another key or none, another protocol, nothing within 5 s."""
-    cut_off: int = 0
-    """Connections that ended without a word: ZeroMQ hung up on a frame above its limit or on another protocol, or the
-    engine was killed."""
-    left: int = 0
-    """Connections that an engine ended."""
-    opened: int = 0
-    """Sessions opened."""
-    refused_busy: int = 0
-    """Requests for a session while there was one."""
-    refused_mismatch: int = 0
-    """Requests of an engine of another version, protocol or byte order."""
-    malformed: int = 0
-    """Messages that do not decode, or that the program refused."""
-    oversize: int = 0
-    """Messages above `MAX_MESSAGE_BYTES`, or in frames that no engine sends."""
-    replayed: int = 0
-    """Messages of the session with another sequence number than the next, or over another connection."""
-    unknown_session: int = 0
-    """Messages of no session of now."""
-
-    def __str__(self) -> str:
-        return ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in dataclasses.asdict(self).items())
-
-
-class SessionEnded(Exception):  # noqa: N818 - not an error of this process
-    """The engine closed the session, is silent, or its connection is lost; the message says which."""
-
-
-class _Inbox:
-    """Items for the program and at last the end, with a file descriptor that is readable while there is either."""
-
-    def __init__(self) -> None:
-        self._items: deque[Any] = deque()
-        self.ended: str | None = None
-        self.descriptor = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        weakref.finalize(self, os.close, self.descriptor)
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def put(self, item: Any) -> None:
-        self._items.append(item)
-        os.eventfd_write(self.descriptor, 1)
-
-    def end(self, reason: str) -> None:
-        if self.ended is None:
-            self.ended = reason
-            os.eventfd_write(self.descriptor, 1)
-
-    def get(self, timeout_ms: int) -> Any | None:
-        """The next item, or None within the time. Raises SessionEnded after the last."""
-        poller = select.poll()
-        poller.register(self.descriptor, select.POLLIN)
-        try:
-            if not poller.poll(timeout_ms):
-                return None
-            os.eventfd_read(self.descriptor)
-        except BlockingIOError:
-            return None
-        if self._items:
-            return self._items.popleft()
-        os.eventfd_write(self.descriptor, 1)
-        raise SessionEnded(self.ended)
-
-
-class _Conversation:
-    """A session as either end keeps it. All but `inbox` is the control thread's."""
-
-    def __init__(self, session: bytes, peer: PeerInfo, transmit: Callable[[list[bytes]], object]) -> None:
-        self.session = session
-        self.peer = peer
-        self.inbox = _Inbox()
-        self._transmit = transmit
-        self._sent = self._expected = 0
-        self._heard = time.monotonic()
-        self._next_beat = 0.0
-
-    def say(self, body: bytes) -> None:
-        """Sends the next message, or ends the session if that cannot be."""
-        if self.inbox.ended is not None:
-            return
-        try:
-            self._transmit(wire.pack(self.session, self._sent, body))
-        except zmq.Again:
-            self.inbox.end(f"{_QUEUED} messages wait that it does not take")
-        except zmq.ZMQError:
-            self.inbox.end("the connection is lost")
-        self._sent += 1
-
-    def hear(self, sequence: int, message: Any) -> bool:
-        """Takes a message, unless it is not the next one."""
-        if sequence != self._expected:
-            return False
-        self._expected += 1
-        self._heard = time.monotonic()
-        if isinstance(message, wire.Close):
-            self.inbox.end(message.reason)
-        elif len(self.inbox) >= _UNREAD:
-            self.close(f"{_UNREAD} messages wait unread")
-        elif not isinstance(message, wire.Beat):
-            self.inbox.put(message)
-        return True
-
-    def tick(self, now: float) -> None:
-        """Gives a sign of life when it is time, and ends the session when the other end has given none."""
-        if now - self._heard > SILENCE_S:
-            self.close(f"no sign of life for {SILENCE_S:.0f} s")
-        elif now >= self._next_beat:
-            self._next_beat = now + BEAT_S
-            self.say(wire.encode(wire.Beat()))
-
-    def close(self, reason: str) -> None:
-        """Tells the other end that the session is over, if it is not, and ends it."""
-        self.say(wire.encode(wire.Close(reason[:4096])))
-        self.inbox.end(reason)
-
-
-class _Arrival(NamedTuple):
-    """A message and where it comes from."""
-
-    identity: bytes
-    """Of the connection, as a ROUTER names it."""
-    descriptor: int
-    """Of the connection's TCP socket, which the monitor names."""
-    session: bytes
-    sequence: int
-    message: Any
-
-
-class _ControlThread:
-    """A thread that owns ZeroMQ sockets and all state that depends on them; other threads hand it calls to make."""
-
-    def __init__(self, key: ClusterKey | None, incoming: Any, name: str, info: PeerInfo) -> None:
-        self._key = key
-        self._name = name
-        self._info = info
-        self._decoder = msgspec.msgpack.Decoder(incoming)
-        self._counters = Counters()
-        self._next_log: dict[str, float] = {}
-        self._context = zmq.Context()
-        self._poller = zmq.Poller()
-        self._calls: deque[Callable[[], object]] = deque()
-        self._call_lock = threading.Lock()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._poller.register(self._wake, zmq.POLLIN)
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name=f"control of {name}", daemon=True)
-
-    @property
-    def counters(self) -> Counters:
-        """A copy of what was counted."""
-        return dataclasses.replace(self._counters)
-
-    def _post(self, call: Callable[[], object]) -> None:
-        """Has the thread make a call; forgotten if it has ended."""
-        with self._call_lock:
-            if self._wake >= 0:
-                self._calls.append(call)
-                os.eventfd_write(self._wake, 1)
-
-    def _stop(self) -> None:
-        """Ends the thread after the calls made before, and frees all sockets. May be called twice."""
-        self._post(lambda: setattr(self, "_stopping", True))
-        if self._thread.ident is not None:
-            self._thread.join()
-        with self._call_lock:
-            if self._wake >= 0:
-                os.close(self._wake)
-                self._wake = -1
-        self._context.destroy(linger=_LINGER_MS)
-
-    def _socket(self, kind: int, host: str) -> tuple[zmq.Socket, zmq.Socket]:
-        """A socket with the limits of all, and its monitor."""
-        made = self._context.socket(kind)
-        made.linger = _LINGER_MS
-        made.ipv6 = ":" in host
-        made.sndhwm = made.rcvhwm = _QUEUED
-        # A frame of the largest size, what CURVE adds to it, and some that `unpack` sees and counts.
-        made.maxmsgsize = 2 * wire.FRAME_BYTES
-        made.handshake_ivl = _HANDSHAKE_MS
-        made.heartbeat_ivl = 1000
-        made.heartbeat_timeout = made.heartbeat_ttl = _DEAD_MS
-        if self._key is not None:
-            made.curve_publickey, made.curve_secretkey = self._key.public, self._key.secret
-        monitor = made.get_monitor_socket(_EVENTS)
-        for each in (made, monitor):
-            self._poller.register(each, zmq.POLLIN)
-        return made, monitor
-
-    def _run(self) -> None:
-        try:
-            while not self._stopping:
-                self._turn(time.monotonic())
-                self._poller.poll(_TURN_MS)
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_read(self._wake)
-                while self._calls:
-                    self._calls.popleft()()
-        except Exception as error:
-            logging.exception("%s: the control thread failed", self._name)
-            self._fail(f"its control thread failed: {error!r}")
-            self._context.destroy(linger=0)
-
-    def _turn(self, now: float) -> None:
-        """Handles what has come and what is due. Never waits."""
-        raise NotImplementedError
-
-    def _fail(self, reason: str) -> None:
-        """Ends the session, if there is one."""
-        raise NotImplementedError
-
-    def _receive(self, source: zmq.Socket) -> Iterator[_Arrival]:
-        """The messages that have come; what is none is counted."""
-        for _ in range(_AT_A_TIME):
-            try:
-                frames = source.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return
-            identity = frames.pop(0).bytes if source.type == zmq.ROUTER else b""
-            try:
-                message = wire.unpack([frame.buffer for frame in frames], self._decoder)
-            except wire.OversizeError as error:
-                self._count("oversize", f"message from {_address(frames)}: {error}")
-            except ValueError as error:
-                self._count("malformed", f"message from {_address(frames)}: {error}")
-            else:
-                yield _Arrival(identity, int(frames[0].get(zmq.SRCFD)), *message)
-
-    def _count(self, kind: str, text: str = "") -> None:
-        """Counts, and logs a line with `text` unless there was one of that kind lately."""
-        count = getattr(self._counters, kind) + 1
-        setattr(self._counters, kind, count)
-        now = time.monotonic()
-        if text and now >= self._next_log.get(kind, 0.0):
-            self._next_log[kind] = now + _LOG_EVERY_S
-            # What strangers say may hold anything, line feeds too.
-            logging.warning("%s: %s %s (%d so far)", self._name, kind.replace("_", " "), ascii(text)[1:-1], count)
-
-
-def _events(monitor: zmq.Socket) -> list[tuple[int, int]]:
-    """What has happened to connections: events and their values."""
-    events = []
-    while len(events) < _AT_A_TIME and monitor.poll(0):
-        event = recv_monitor_message(monitor)
-        events.append((int(event["event"]), int(event["value"])))
-    return events
-
-
-def _address(frames: Sequence[zmq.Frame]) -> str:
-    try:
-        return str(frames[-1].get("Peer-Address"))
-    except (IndexError, zmq.ZMQError):
-        return "an unknown address"
 
 
 class Session:
@@ -342,7 +61,7 @@ class Session:
     What decodes may still make no sense; that is for the worker to see, and to `refuse`.
     """
 
-    def __init__(self, conversation: _Conversation, listener: "ControlListener") -> None:
+    def __init__(self, conversation: Conversation, listener: "ControlListener") -> None:
         self.peer: PeerInfo = conversation.peer
         self._conversation = conversation
         self._listener = listener
@@ -379,7 +98,7 @@ class Session:
         return f"the session with the engine on {self.peer} is over: {reason}"
 
 
-class ControlListener(_ControlThread):
+class ControlListener(ControlThread):
     """A worker's end: serves one session at a time, and answers others that the worker is busy, and with whom."""
 
     address: str
@@ -399,12 +118,12 @@ class ControlListener(_ControlThread):
         """
         host, port = wire.require_address(address, key is not None)
         super().__init__(key, incoming | wire.FromEngine, name, info)
-        self._current: _Conversation | None = None
+        self._current: Conversation | None = None
         self._identity = b""
         self._confirmed = False
         self._leaving: set[int] = set()
         self._failing = 0
-        self._accepted = _Inbox()
+        self._accepted = Inbox()
         try:
             self._bind(host, port)
         except (zmq.ZMQError, OSError) as error:
@@ -414,7 +133,8 @@ class ControlListener(_ControlThread):
         self._thread.start()
 
     def accept(self, timeout_ms: int) -> Session | None:
-        """The session that an engine has opened, or None if none does within `timeout_ms`."""
+        """The session that an engine has opened, or None if none does within `timeout_ms`. Raises RuntimeError if the
+        listener is closed or its thread failed."""
         deadline = time.monotonic() + timeout_ms / 1000
         while True:
             try:
@@ -437,17 +157,17 @@ class ControlListener(_ControlThread):
         self._router, self._monitor = self._socket(zmq.ROUTER, host)
         # Without it, a message to an engine that is gone would be dropped in silence.
         self._router.router_mandatory = True
-        if self._key is not None:
-            self._router.curve_server = True
-            self._router.zap_domain = b"lamina_jax"
-            self._router.zap_enforce_domain = True
+        self._router.curve_server = self._key is not None
+        # Also without a key: ZeroMQ then hangs up on its protocols before 3.0, which nearly any bytes are a message of.
+        self._router.zap_domain = b"lamina_jax"
+        self._router.zap_enforce_domain = True
         address = socket.getaddrinfo(host, port, 0 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
         self._router.bind(f"tcp://[{address}]:{port}" if ":" in host else f"tcp://{address}:{port}")
 
     def _turn(self, now: float) -> None:
         self._authenticate()
         # Events are read before messages and handled after them: what an engine said comes before its leaving.
-        events = _events(self._monitor)
+        events = connection_events(self._monitor)
         for arrival in self._receive(self._router):
             self._take(arrival)
         for event, value in events:
@@ -462,14 +182,14 @@ class ControlListener(_ControlThread):
         with contextlib.suppress(zmq.Again):
             while True:
                 version, request, _, _, _, mechanism, *credentials = self._zap.recv_multipart(zmq.NOBLOCK)
-                known = self._key is not None and credentials == [z85.decode(self._key.public)]
-                status = [b"200", b"OK", b"cluster"] if mechanism == b"CURVE" and known else [b"400", b"no", b""]
+                expected = (b"NULL", []) if self._key is None else (b"CURVE", [z85.decode(self._key.public)])
+                status = [b"200", b"OK", b""] if (mechanism, credentials) == expected else [b"400", b"no", b""]
                 self._zap.send_multipart([version, request, *status, b""])
 
     def _see(self, event: int, value: int) -> None:
         if event == zmq.EVENT_ACCEPTED:
             self._count("connections")
-        elif event & _FAILED:
+        elif event & HANDSHAKE_FAILED:
             self._count("handshakes_failed", "with a client; does it have the same cluster key?")
             self._failing += 1
         elif event == zmq.EVENT_DISCONNECTED and self._failing > 0:
@@ -480,14 +200,14 @@ class ControlListener(_ControlThread):
         elif event == zmq.EVENT_DISCONNECTED:
             self._count("cut_off", "connection")
 
-    def _take(self, arrival: _Arrival) -> None:
+    def _take(self, arrival: Arrival) -> None:
         current, message = self._current, arrival.message
         if isinstance(message, wire.Open):
             self._answer(arrival.identity, arrival.session, message.peer)
         elif isinstance(message, wire.Bye) and arrival.descriptor not in self._leaving:
             self._leaving.add(arrival.descriptor)
         elif current is None or current.inbox.ended is not None or arrival.session != current.session:
-            self._count("unknown_session", f"in {type(message).__name__}")
+            self._count("unknown_session", "" if isinstance(message, wire.Beat) else f"in {type(message).__name__}")
         elif arrival.identity != self._identity or not current.hear(arrival.sequence, message):
             self._count("replayed", f"{type(message).__name__} number {arrival.sequence}")
         elif not self._confirmed:
@@ -497,7 +217,6 @@ class ControlListener(_ControlThread):
 
     def _answer(self, identity: bytes, request: bytes, engine: PeerInfo) -> None:
         """Opens a session or says why not."""
-        answer: Any
         if (problem := wire.disagreement(engine, self._info)) is not None:
             self._count("refused_mismatch", problem)
             answer = wire.Refused(problem, final=True)
@@ -505,18 +224,26 @@ class ControlListener(_ControlThread):
             self._count("refused_busy")
             answer = wire.Refused(f"busy with the engine on {self._current.peer}", final=False)
         else:
-            self._count("opened")
-            self._identity, self._confirmed = identity, False
-            number = secrets.token_bytes(wire.SESSION_BYTES)
-            self._current = _Conversation(number, engine, lambda frames: self._transmit(identity, frames))
-            answer = wire.Opened(number, self._info)
+            answer = self._open(identity, engine)
         with contextlib.suppress(zmq.ZMQError):
             self._transmit(identity, wire.pack(request, 0, wire.encode(answer)))
+
+    def _open(self, identity: bytes, engine: PeerInfo) -> wire.Opened | wire.Refused:
+        number = secrets.token_bytes(wire.SESSION_BYTES)
+        try:
+            self._current = Conversation(number, engine, lambda frames: self._transmit(identity, frames))
+        except OSError as error:
+            # Connections that say nothing take file descriptors for 5 s; enough of them take all.
+            self._count("refused_busy", f"for want of a file descriptor: {error}")
+            return wire.Refused(f"{error}", final=False)
+        self._count("opened")
+        self._identity, self._confirmed = identity, False
+        return wire.Opened(number, self._info)
 
     def _transmit(self, identity: bytes, frames: list[bytes]) -> None:
         self._router.send_multipart([identity, *frames], zmq.NOBLOCK)
 
-    def _release(self, conversation: _Conversation, reason: str) -> None:
+    def _release(self, conversation: Conversation, reason: str) -> None:
         conversation.close(reason)
         if self._current is conversation:
             self._current = None
@@ -527,8 +254,9 @@ class ControlListener(_ControlThread):
         self._accepted.end(reason)
 
 
-class ControlLink(_ControlThread):
-    """An engine's end of the session with one worker. Every error names the worker and its address."""
+class ControlLink(ControlThread):
+    """An engine's end of one session with one worker; another session takes another link. Every error names the worker
+    and its address."""
 
     def __init__(self, address: str, key: ClusterKey | None, incoming: Any, name: str, info: PeerInfo) -> None:
         """Args: as for `ControlListener`; `name` is the worker's, `incoming` the type of its messages.
@@ -541,8 +269,7 @@ class ControlLink(_ControlThread):
             raise ValueError(f"{name}: port 0 of {address} is no port to connect to")
         super().__init__(key, incoming | wire.ToEngine, f"{name} at {address}", info)
         self.address = address
-        self._conversation: _Conversation | None = None
-        self._refused: str | None = None
+        self._conversation: Conversation | None = None
         self._state = "no answer yet"
         self._answered = threading.Event()
         self._dealer: zmq.Socket | None = None
@@ -551,7 +278,8 @@ class ControlLink(_ControlThread):
         self._ask_at: float | None = None
 
     def open(self, timeout_s: float, on_waiting: Callable[[str], None]) -> PeerInfo:
-        """Waits for the worker, however late it starts, and opens a session.
+        """Waits for the worker, however late it starts, and opens a session. Called once, and `close` after it, also if
+        it fails.
 
         Args:
             timeout_s: how long to wait.
@@ -568,7 +296,7 @@ class ControlLink(_ControlThread):
                 raise WorkerError(f"Waited {timeout_s:.0f} s for {self._name}: {self._state}.")
             on_waiting(f"{self._name}: {self._state}")
         if self._conversation is None:
-            raise WorkerError(f"{self._name} refused: {self._refused}.")
+            raise WorkerError(f"{self._name}: {self._state}.")
         return self._conversation.peer
 
     def send(self, message: Any) -> None:
@@ -601,7 +329,7 @@ class ControlLink(_ControlThread):
         self._post(lambda: self._leave(reason))
         self._stop()
 
-    def _opened(self) -> _Conversation:
+    def _opened(self) -> Conversation:
         if self._conversation is None:
             raise RuntimeError(f"{self._name}: the session is not open; call open() first")
         return self._conversation
@@ -614,7 +342,7 @@ class ControlLink(_ControlThread):
             if now >= self._retry_at and self._conversation is None:
                 self._connect()
             return
-        events = _events(self._monitor)
+        events = connection_events(self._monitor)
         for arrival in self._receive(self._dealer):
             self._take(arrival)
         for event, _ in events:
@@ -626,8 +354,7 @@ class ControlLink(_ControlThread):
 
     def _connect(self) -> None:
         self._dealer, self._monitor = self._socket(zmq.DEALER, self._host)
-        # Nothing is queued for a connection that is not there.
-        self._dealer.immediate = True
+        # Not ZMQ_IMMEDIATE: it drops what had come before a connection ended, such as why.
         self._dealer.reconnect_ivl = int(_RETRY_S * 1000)
         if self._key is not None:
             self._dealer.curve_serverkey = self._key.public
@@ -640,15 +367,15 @@ class ControlLink(_ControlThread):
             for each in (self._dealer, self._monitor):
                 self._poller.unregister(each)
             self._dealer.disable_monitor()
-            self._dealer.close()
-            self._monitor.close()
+            self._dealer.close(linger=0)
+            self._monitor.close(linger=0)
         self._dealer, self._ask_at, self._retry_at = None, None, now + _RETRY_S
 
     def _see(self, event: int, now: float) -> None:
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._state = "connected, no answer yet"
             self._ask_at = now
-        elif event & _FAILED:
+        elif event & HANDSHAKE_FAILED:
             self._state = "handshake refused: is it the same cluster key?"
         elif event == zmq.EVENT_CLOSED:
             self._state = "no answer yet"
@@ -664,12 +391,12 @@ class ControlLink(_ControlThread):
         with contextlib.suppress(zmq.Again):
             self._dealer.send_multipart(wire.pack(self._request, 0, wire.encode(wire.Open(self._info))), zmq.NOBLOCK)
 
-    def _take(self, arrival: _Arrival) -> None:
+    def _take(self, arrival: Arrival) -> None:
         current, message = self._conversation, arrival.message
         if isinstance(message, wire.Opened | wire.Refused) and current is None and arrival.session == self._request:
             self._settle(message)
         elif current is None or current.inbox.ended is not None or arrival.session != current.session:
-            self._count("unknown_session", f"in {type(message).__name__}")
+            self._count("unknown_session", "" if isinstance(message, wire.Beat) else f"in {type(message).__name__}")
         elif not current.hear(arrival.sequence, message):
             self._count("replayed", f"{type(message).__name__} number {arrival.sequence}")
 
@@ -679,13 +406,13 @@ class ControlLink(_ControlThread):
             dealer = self._dealer
             assert dealer is not None
             transmit = lambda frames: dealer.send_multipart(frames, zmq.NOBLOCK)  # noqa: E731
-            self._conversation = _Conversation(answer.session, answer.peer, transmit)
+            self._conversation = Conversation(answer.session, answer.peer, transmit)
             self._answered.set()
-        elif answer.final:
-            self._refused = answer.reason
+            return
+        self._state = f"refused: {answer.reason}"
+        if answer.final:
             self._answered.set()
         else:
-            self._state = f"refused: {answer.reason}"
             self._ask_at = time.monotonic() + _RETRY_S
 
     def _leave(self, reason: str) -> None:
@@ -700,5 +427,5 @@ class ControlLink(_ControlThread):
     def _fail(self, reason: str) -> None:
         if self._conversation is not None:
             self._conversation.inbox.end(reason)
-        self._refused = reason
+        self._state = reason
         self._answered.set()

@@ -5,6 +5,7 @@ from C++ or from a GPU must know. So queues are made by libibverbs through ctype
 rdma-core.
 """
 
+import contextlib
 import ctypes
 import ipaddress
 import os
@@ -20,8 +21,8 @@ _MASK_RTR: Final = 1 << 0 | 1 << 7 | 1 << 8 | 1 << 12 | 1 << 15 | 1 << 17 | 1 <<
 _MASK_RTS: Final = 1 << 0 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 13 | 1 << 16
 LOCAL_WRITE, REMOTE_WRITE = 1, 2  # enum ibv_access_flags; never RELAXED_ORDERING: rings rely on order
 
-MAX_RETRIES: Final = 7
-"""How often a NIC sends again what is not acknowledged, before that is an error."""
+MAX_RETRIES: Final = 6
+"""How often a NIC sends again what is not acknowledged, before that is an error. With 7, Soft-RoCE goes on for ever."""
 
 
 class QpAddress(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,35 +109,36 @@ class _QpHead(ctypes.Structure):  # the start of struct ibv_qp
 
 
 class CompletionQueue:
-    """A completion queue, with a channel on which to sleep until something completes.
+    """A completion queue.
 
     Args:
         pd: a pyverbs PD of the device.
         depth: completions that it holds.
+        wakes: with a channel on which to sleep until something completes.
 
     Raises:
         OSError: the NIC refuses.
     """
 
-    def __init__(self, pd: Any, depth: int):
-        self._verbs = verbs_library()
+    def __init__(self, pd: Any, depth: int, *, wakes: bool):
+        verbs = verbs_library()
         # The first field of struct ibv_pd is the context.
         context = ctypes.c_void_p(ctypes.cast(pd.pd, ctypes.POINTER(ctypes.c_void_p))[0])
-        self._channel = _made(self._verbs.ibv_create_comp_channel(context), "ibv_create_comp_channel")
-        channel = ctypes.c_void_p(self._channel)
-        self.pointer: int | None = self._verbs.ibv_create_cq(context, depth, None, channel, 0)
-        """To the `ibv_cq`; None once closed."""
-        if not self.pointer:
-            error = ctypes.get_errno()
-            self._verbs.ibv_destroy_comp_channel(channel)
-            raise OSError(error, f"ibv_create_cq of {depth} entries failed: {os.strerror(error)}")
+        with contextlib.ExitStack() as undo:
+            channel = None
+            if wakes:
+                made = verbs.ibv_create_comp_channel(context)
+                channel = ctypes.c_void_p(_made(made, "ibv_create_comp_channel"))
+                undo.callback(verbs.ibv_destroy_comp_channel, channel)
+            made = verbs.ibv_create_cq(context, depth, None, channel, 0)
+            self.pointer = _made(made, f"ibv_create_cq of {depth} entries")
+            """To the `ibv_cq`."""
+            undo.callback(verbs.ibv_destroy_cq, ctypes.c_void_p(self.pointer))
+            self._undo = undo.pop_all()
 
     def close(self) -> None:
-        """Gives it up; the queue pairs that complete here must be closed. May be called twice."""
-        if self.pointer:
-            self._verbs.ibv_destroy_cq(ctypes.c_void_p(self.pointer))
-            self._verbs.ibv_destroy_comp_channel(ctypes.c_void_p(self._channel))
-        self.pointer = None
+        """Gives it up; the queue pairs that complete here must be closed."""
+        self._undo.close()
 
 
 class RcQueuePair:
@@ -179,10 +181,15 @@ class RcQueuePair:
             max_inline_data=max_inline,
         )
         made = self._verbs.ibv_create_qp(ctypes.c_void_p(pd.pd), ctypes.byref(attr))
-        self.pointer: int | None = _made(made, f"ibv_create_qp with {send_depth} send requests")
-        """To the `ibv_qp`; None once closed."""
+        self.pointer = _made(made, f"ibv_create_qp with {send_depth} send requests")
+        """To the `ibv_qp`."""
         self.max_inline = int(attr.cap.max_inline_data)
         """Bytes that a request carries itself at most."""
+
+    @property
+    def number(self) -> int:
+        """By which NICs know the queue pair."""
+        return ctypes.cast(self.pointer, ctypes.POINTER(_QpHead)).contents.qp_num
 
     @property
     def address(self) -> QpAddress:
@@ -191,8 +198,7 @@ class RcQueuePair:
         gid = ipaddress.IPv6Address(self._context.query_gid(self._port, self._gid_index).gid).packed
         if port.link_layer == _ETHERNET and not any(gid):
             raise ValueError(f"GID index {self._gid_index} of port {self._port} has no address; see `show_gids`")
-        qpn = ctypes.cast(self.pointer, ctypes.POINTER(_QpHead)).contents.qp_num
-        return QpAddress(qpn=qpn, psn=self._psn, lid=port.lid, gid=gid, mtu=int(port.active_mtu))
+        return QpAddress(qpn=self.number, psn=self._psn, lid=port.lid, gid=gid, mtu=int(port.active_mtu))
 
     def initialize(self) -> None:
         """Lets the queue pair take receives. Raises OSError."""
@@ -200,7 +206,7 @@ class RcQueuePair:
         self._modify(attr, _MASK_INIT, "INIT")
 
     def connect(self, peer: QpAddress, *, timeout: int) -> None:
-        """Makes the connection; the peer must do the same with this address.
+        """Makes the connection of an initialized queue pair; the peer must do the same with this address.
 
         Args:
             peer: the other queue pair.
@@ -226,10 +232,8 @@ class RcQueuePair:
             raise OSError(error, f"the queue pair does not become {state}: {os.strerror(error)}")
 
     def close(self) -> None:
-        """Ends the connection. May be called twice."""
-        if self.pointer:
-            self._verbs.ibv_destroy_qp(ctypes.c_void_p(self.pointer))
-        self.pointer = None
+        """Ends the connection."""
+        self._verbs.ibv_destroy_qp(ctypes.c_void_p(self.pointer))
 
 
 def verbs_library() -> ctypes.CDLL:

@@ -6,7 +6,7 @@ import os
 import secrets
 import socket
 from collections.abc import Iterator, Sequence
-from typing import Literal, TypeVar
+from typing import Literal
 
 import msgspec
 
@@ -20,9 +20,10 @@ from lamina_jax.transport.base import (
     require_wait,
     slot_room,
 )
-from lamina_jax.transport.cpu_calls import DEFAULT_SPIN_US, TARGETS
+from lamina_jax.transport.cpu_calls import TARGETS
 
 KIND = "tcp"
+_SPIN_US = 0.0  # it is another thread that receives: polling for what it will have would keep it from the core
 _CONNECT_S = 5.0  # the longest that the other end may take to accept, and to welcome
 
 
@@ -86,7 +87,7 @@ class TcpChannel(Channel):
         num_slots: int = 8,
         slot_bytes: int | None = None,
         timeout_s: float = 60.0,
-        spin_us: float = DEFAULT_SPIN_US,
+        spin_us: float = _SPIN_US,
         device: int | None = None,
     ) -> "TcpChannel":
         """Reserves the memory of this end; see `Channel.create`.
@@ -118,7 +119,7 @@ class TcpChannel(Channel):
         role: Role,
         peer: str,
         timeout_s: float = 60.0,
-        spin_us: float = DEFAULT_SPIN_US,
+        spin_us: float = _SPIN_US,
         host: str = "127.0.0.1",
     ) -> "TcpChannel":
         """Takes the free end of the channel and waits, in a thread, for the creator to connect; see `Channel.attach`.
@@ -209,10 +210,7 @@ def _located(where: _Creator | _Acceptor) -> str:
     return msgspec.json.encode(where).decode()
 
 
-_Where = TypeVar("_Where", _Creator, _Acceptor)
-
-
-def _parsed(address: ChannelAddress, where: type[_Where], what: str) -> _Where:
+def _parsed[Where: (_Creator, _Acceptor)](address: ChannelAddress, where: type[Where], what: str) -> Where:
     try:
         return msgspec.json.decode(address.location, type=where)
     except msgspec.DecodeError as error:
@@ -231,7 +229,9 @@ def _listening(host: str) -> Iterator[socket.socket]:
         family, _, _, _, where = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(where[:2], family=family, backlog=1)
     except OSError as error:
-        raise OSError(error.errno, f"cannot listen on {host}, which has to be an address of this host: {error}") from error
+        raise OSError(
+            error.errno, f"cannot listen on {host}, which has to be an address of this host: {error}"
+        ) from error
     with listener:
         yield listener
 
@@ -242,17 +242,25 @@ def _connected(peer: str, there: _Acceptor, token: bytes) -> socket.socket:
     try:
         connection = socket.create_connection((there.host, there.port), timeout=_CONNECT_S)
     except OSError as error:
-        raise OSError(error.errno, f"cannot connect to {name}: {error}") from error
+        raise OSError(error.errno or errno.ETIMEDOUT, f"cannot connect to {name}: {error}") from error
     try:
         connection.sendall(_custom_calls.tcp_hello(token))
-        welcome = connection.recv(len(_custom_calls.TCP_WELCOME), socket.MSG_WAITALL)
+        welcome = _receive(connection, len(_custom_calls.TCP_WELCOME))
     except OSError as error:
         connection.close()
-        raise OSError(error.errno, f"no welcome came from {name}: {error}") from error
+        raise OSError(error.errno or errno.ETIMEDOUT, f"no welcome came from {name}: {error}") from error
     if welcome != _custom_calls.TCP_WELCOME:
         connection.close()
         raise ConnectionRefusedError(
             errno.ECONNREFUSED,
-            f"{name} has hung up: expected its welcome, got {welcome!r}; the token of this channel is not the one it waits for",
+            f"{name} did not take the token of this channel: expected a welcome, got {welcome!r}",
         )
     return connection
+
+
+def _receive(connection: socket.socket, num_bytes: int) -> bytes:
+    """So many bytes, or fewer if there are no more."""
+    received = b""
+    while len(received) < num_bytes and (more := connection.recv(num_bytes - len(received))):
+        received += more
+    return received

@@ -39,7 +39,7 @@ KIND: Final = "verbs"
 # Those that nobody closes are closed when the process exits: pyverbs cannot any more once modules are torn down.
 _ends: "weakref.WeakSet[_End]" = weakref.WeakSet()
 
-# 4.096 us * 2^15 = 134 ms, times 1 + 7: a dead peer is an error about a second after something is sent to it.
+# 4.096 us * 2^15 = 134 ms, times 1 + 6: a dead peer is an error about a second after something is sent to it.
 _RETRY_TIMEOUT: Final = 15
 _MAX_INLINE: Final = 256
 # Beside messages: words that say that the peer has stopped, or ask whether it is there.
@@ -162,7 +162,10 @@ class VerbsChannel(Channel):
         require_wait(timeout_s, spin_us)
         there = _parsed(address, peer)
         if role == address.creator_role:
-            raise ValueError(f"the {role} of the channel is already taken by process {there.pid} on {there.host}")
+            raise ValueError(
+                f"the {role} of the ring at {there.device} on {there.host} is already taken: expected no {role}, got "
+                f"process {there.pid}"
+            )
         end = _End.make(
             role=role,
             peer=peer,
@@ -230,6 +233,7 @@ class _End:
         self._memory_region = memory_region
         self._qp = qp
         self._closing = threading.Lock()
+        self._closed = False
         _ends.add(self)
         self._location = _Location(
             host=socket.gethostname(),
@@ -256,7 +260,7 @@ class _End:
                 **options,
             )
             undo.callback(handle.close)
-            cq = CompletionQueue(opened.pd, send_depth + recv_depth)
+            cq = CompletionQueue(opened.pd, send_depth + recv_depth, wakes=True)
             undo.callback(cq.close)
             with _memory_advice(handle.region_bytes):
                 access = LOCAL_WRITE | REMOTE_WRITE
@@ -282,6 +286,7 @@ class _End:
                 send_depth=send_depth,
                 recv_depth=recv_depth,
                 where=opened.name,
+                state_file=f"/sys/class/infiniband/{opened.port.nic}/ports/{opened.port.port}/state",
             )
             end = cls(opened, handle, cq, region, qp)
             undo.pop_all()
@@ -299,8 +304,9 @@ class _End:
 
     def close(self) -> None:
         with self._closing:
-            if self._qp.pointer is None:
+            if self._closed:
                 return
+            self._closed = True
             self.handle.close()
             self._qp.close()
             self._memory_region.close()

@@ -1,7 +1,8 @@
 """One end of a control connection in a process of its own, and the messages that the tests send.
 
-Run as `control_peer.py worker|engine ADDRESS KEY_FILE`. A worker prints its address, answers every Ping, and prints its
-counters (JSON) on SIGUSR1. An engine opens a session, prints "open", and at last the error that ends it.
+Run as `control_peer.py worker|engine ADDRESS KEY_FILE`; an empty KEY_FILE is no key. A worker prints its address,
+answers every Ping, and prints its counters (JSON) on SIGUSR1. An engine opens a session, prints "open", and at last the
+error that ends it.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ class Pong(msgspec.Struct, tag=True):
 
 def work(address: str, key_file: str) -> None:
     """Serves one session after another, for ever."""
-    listener = ControlListener(address, load_key_file(key_file), Ping, NAME, peer_info())
+    listener = ControlListener(address, load_key_file(key_file) if key_file else None, Ping, NAME, peer_info())
     tell = lambda *_: print(json.dumps(dataclasses.asdict(listener.counters)), flush=True)  # noqa: E731
     signal.signal(signal.SIGUSR1, tell)
     print(listener.address, flush=True)
@@ -51,7 +52,7 @@ def work(address: str, key_file: str) -> None:
 
 def command(address: str, key_file: str) -> None:
     """Opens a session and waits for its end."""
-    link = ControlLink(address, load_key_file(key_file), Pong, NAME, peer_info())
+    link = ControlLink(address, load_key_file(key_file) if key_file else None, Pong, NAME, peer_info())
     link.open(60.0, lambda text: print(text, file=sys.stderr))
     print("open", flush=True)
     try:

@@ -85,12 +85,12 @@ def reach(cluster, *, required):
     return checks.check_reachable(cluster, "model worker", cluster.model_worker, FromModelWorker, required=required)
 
 
-def test_a_worker_that_is_up(listening):
-    for required in (True, False):
-        check = reach(listening, required=required)
-        host = f"{socket.gethostname()} (pid {os.getpid()})"
-        assert (check.name, check.result) == ("model worker", "ok")
-        assert check.detail == f"{listening.model_worker} is served by {host}"
+@pytest.mark.parametrize("required", [True, False])
+def test_a_worker_that_is_up(listening, required):
+    check = reach(listening, required=required)
+    host = f"{socket.gethostname()} (pid {os.getpid()})"
+    assert (check.name, check.result) == ("model worker", "ok")
+    assert check.detail == f"{listening.model_worker} is served by {host}"
 
 
 @pytest.mark.parametrize(("required", "result"), [(True, "FAILED"), (False, "note")])

@@ -336,7 +336,7 @@ def test_peer_that_never_attaches_is_a_deadline_error(kind):
 
 
 def test_first_failure_is_final(connect, peer):
-    back = connect(peer, "reader", timeout_s=0.25)
+    back = connect(peer, "reader", timeout_s=1.0)
     with pytest.raises(FAILS, match="layer 5") as first:
         recv_all([back.mine], [Mail(layer=5)])
     start = time.monotonic()
@@ -344,7 +344,7 @@ def test_first_failure_is_final(connect, peer):
         with pytest.raises(FAILS, match=re.escape(str(first.value))):
             recv_all([back.mine], [Mail(layer=layer)])
     assert back.mine.failure in str(first.value)
-    assert time.monotonic() - start < 20 * 0.25
+    assert time.monotonic() - start < 20 * 1.0
     with pytest.raises(AssertionError, match=r"ABORTED: send of 'q'.*the peer has aborted the channel"):
         peer.do("send", back.theirs, [[Mail()]], [0])
 
