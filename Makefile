@@ -16,11 +16,13 @@ GPU_WHEELS := .gpu-wheels
 GPU_PLATFORMS := $(foreach n,5 12 17 24 26 27 28 31 34 35 38 39,--platform manylinux_2_$(n)_x86_64) \
 	--platform manylinux1_x86_64 --platform manylinux2010_x86_64 --platform manylinux2014_x86_64
 
-.PHONY: run test aot rdma rdma-test lint bench gpu-wheels gpu-test gpu-bench format clean
+.PHONY: run install test aot rdma rdma-test lint bench gpu-wheels gpu-test gpu-bench format clean
 
 run: $(TINY)/config.json
 	$(BIN)/python scripts/generate.py --model=$(TINY) --num_attention_workers=2 --dtype=float32 --max_tokens=48 --temperature=0.6 \
 		--prompt="The " --prompt="If the file " --prompt="A class "
+
+install: $(INSTALLED)
 
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest -q -n 2

@@ -193,7 +193,7 @@ def _executor(model: Model, kind: Kind, limits: SchedulerLimits, trace_dir: str 
             pool,
             num_batches=kind.num_batches,
             replicas=[SingleDeviceSharding(model.device)],
-            channel_kind=channel_kind(platform, kind.attention_platform),
+            channel_kinds=[channel_kind(platform, kind.attention_platform)],
             overlap=kind.overlap,
             max_step_tokens=limits.max_step_tokens,
             timeout_s=120.0,

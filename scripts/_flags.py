@@ -1,16 +1,20 @@
-"""Flags and error reports that the generating scripts share."""
+"""Flags and error reports that the generating scripts and the launch scripts share."""
 
 import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags
 
+from lamina_jax.runtime.cluster import Cluster, load_cluster
 from lamina_jax.runtime.errors import WorkerError
 
-# JAX would look for others, and say so. `run` changes it for --model_platform=cuda.
+if TYPE_CHECKING:
+    from lamina_jax.runtime.checks import Check
+
+# JAX would look for others, and say so. `run` changes it for --model_platform=cuda and --platform=cuda.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # The flags below then count as the calling script's own, which is what makes --help show them.
@@ -37,6 +41,7 @@ _ENGINE_FLAGS = (
     "kv_cache_bytes",
     "kv_cache_dtype",
     "timeout_s",
+    "start_timeout_s",
     "seed",
     "trace_dir",
 )
@@ -47,8 +52,9 @@ class UserError(Exception):
 
 
 def define_engine_flags() -> None:
-    """Defines --model and how it is run."""
+    """Defines --model and how and where it is run."""
     flags.DEFINE_string("model", None, "Directory of the model: config.json, safetensors, tokenizer.json (required).")
+    define_cluster_flags("an engine of the cluster")
     flags.DEFINE_integer(
         "num_attention_workers",
         1,
@@ -114,6 +120,7 @@ def define_engine_flags() -> None:
         "Of the KV cache; auto is that of the model, the others take one byte per number and a scale per vector.",
     )
     flags.DEFINE_float("timeout_s", 60.0, "Longest wait of one device for another, in seconds.")
+    flags.DEFINE_float("start_timeout_s", 120.0, "Longest wait for the workers of a cluster to be there, in seconds.")
     flags.DEFINE_integer("seed", 0, "Fixes the random choices of the whole run.", lower_bound=0)
     flags.DEFINE_string(
         "trace_dir", None, "Write a timeline there, trace.json, for Perfetto or scripts/plot_timeline.py."
@@ -130,9 +137,49 @@ def define_sampling_flags() -> None:
     flags.DEFINE_multi_string("stop", None, "String that ends the text, itself left out")
 
 
+def define_cluster_flags(whose: str) -> None:
+    """Defines --cluster and --check.
+
+    Args:
+        whose: what --check looks at, e.g. "this worker".
+    """
+    flags.DEFINE_string("cluster", None, "Cluster file: which workers there are, and where; see docs/deploy.md.")
+    flags.DEFINE_bool(
+        "check", False, f"Only check what {whose} needs, print a table and end, with status 1 if it lacks any."
+    )
+
+
+def read_cluster() -> Cluster:
+    """The cluster that --cluster names."""
+    require("cluster")
+    with user_errors():
+        return load_cluster(FLAGS.cluster)
+
+
+def report(checks: Sequence["Check"]) -> NoReturn:
+    """Prints the table of --check and ends."""
+    # Imported late, as are checks.
+    from lamina_jax.runtime.checks import table
+
+    failed = sum(check.result == "FAILED" for check in checks)
+    print(f"{table(checks)}\n{len(checks)} checks, {failed} failed")
+    sys.exit(1 if failed else 0)
+
+
+def check_engine() -> None:
+    """Reports and ends if --check was given."""
+    if not FLAGS.check:
+        return
+    cluster = read_cluster()
+    from lamina_jax.runtime.checks import engine_checks
+
+    report(engine_checks(cluster))
+
+
 def engine_options() -> dict[str, Any]:
     """Keyword arguments of `LLM`, its model excepted."""
-    return {name: FLAGS[name].value for name in _ENGINE_FLAGS}
+    cluster = {"cluster": read_cluster()} if FLAGS.cluster else {}
+    return {**cluster, **{name: FLAGS[name].value for name in _ENGINE_FLAGS}}
 
 
 def sampling_options() -> dict[str, Any]:
@@ -178,11 +225,20 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _choose_platforms() -> None:
-    if "model_platform" in FLAGS and FLAGS["model_platform"].value == "cuda":
+    if _platform() == "cuda":
         # Imported late: it reads the variable above as it is imported.
         import jax
 
         jax.config.update("jax_platforms", "cuda,cpu")
+
+
+def _platform() -> str:
+    """Where this process runs programs. That of a cluster's engine runs none."""
+    if "platform" in FLAGS:
+        return FLAGS["platform"].value
+    if "model_platform" in FLAGS and not FLAGS["cluster"].value:
+        return FLAGS["model_platform"].value
+    return "cpu"
 
 
 def _parse(arguments: Sequence[str]) -> list[str]:

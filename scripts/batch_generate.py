@@ -24,6 +24,7 @@ _flags.define_sampling_flags()
 
 
 def main() -> None:
+    _flags.check_engine()
     _flags.require("model", "input_file", "output_file")
     _check_files()
     # Takes seconds, which a mistaken flag should not cost.

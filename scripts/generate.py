@@ -18,6 +18,7 @@ _flags.define_sampling_flags()
 
 
 def main() -> None:
+    _flags.check_engine()
     _flags.require("model", "prompt")
     # Takes seconds, which a mistaken flag should not cost.
     from lamina_jax import LLM, SamplingParams

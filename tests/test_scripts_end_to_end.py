@@ -1,7 +1,10 @@
 """The scripts with a real model and real workers."""
 
+import contextlib
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lamina_jax import LLM, SamplingParams
+from lamina_jax.runtime.cluster_key import make_key_file
 from lamina_jax.testing import write_tiny_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -78,3 +82,52 @@ def test_user_errors_are_one_line(checkpoint):
         "use at most 3 attention workers."
     ]
     assert os.listdir("/dev/shm") == []
+
+
+@contextlib.contextmanager
+def started(script: str, *flags: str, log: Path):
+    """A launch script's process; killed at the end if it still runs."""
+    with log.open("w") as file:
+        process = subprocess.Popen([sys.executable, ROOT / "scripts" / script, *flags], stderr=file, stdout=file)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_cluster_started_in_any_order(checkpoint, expected, tmp_path):
+    with contextlib.ExitStack() as ports:
+        sockets = [ports.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        model, *attention = (f"tcp://127.0.0.1:{s.getsockname()[1]}" for s in sockets)
+    make_key_file(tmp_path / "key")
+    fields = {"model_worker": model, "attention_workers": attention, "transport": "tcp", "key_file": "key"}
+    (tmp_path / "c.py").write_text(
+        f"from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({fields!r})\n"
+    )
+    cluster = f"--cluster={tmp_path}/c.py"
+    generate = [cluster, f"--model={checkpoint}", "--temperature=0", "--max_tokens=8"]
+    with contextlib.ExitStack() as workers:
+        start = lambda script, *flags, log: workers.enter_context(  # noqa: E731
+            started(script, cluster, *flags, log=tmp_path / log)
+        )
+        # The engine comes first, and waits; a worker that others wait for comes last.
+        engine = start("generate.py", *generate, "--prompt=Hello", log="engine")
+        running = [
+            start("launch_attention_worker.py", "--index=1", log="attention 1"),
+            start("launch_model_worker.py", log="model"),
+            start("launch_attention_worker.py", "--index=0", log="attention 0"),
+        ]
+        assert engine.wait(timeout=240) == 0, (tmp_path / "engine").read_text()
+        assert f"Text: {expected['Hello']}" in (tmp_path / "engine").read_text()
+
+        again = run("generate.py", *generate, "--prompt=abc")
+        assert again.returncode == 0, again.stderr
+        assert f"Text: {expected['abc']}" in again.stdout
+
+        for worker in running:
+            worker.send_signal(signal.SIGTERM)
+        assert [worker.wait(timeout=60) for worker in running] == [0, 0, 0]
+    for name in ("model", "attention 0", "attention 1"):
+        assert "opened 2, refused busy 0" in (tmp_path / name).read_text()
+    assert "tcp, as" in (tmp_path / "model").read_text()

@@ -166,6 +166,7 @@ def worker_config(deployment: Deployment, *, kernel: str, cache_bytes: int) -> A
         kv_cache_dtype=deployment.kv_cache_dtype,
         page_size=deployment.page_size,
         num_pages=cache_bytes // page_bytes,
+        max_step_tokens=deployment.batch * deployment.tokens,
         kernel=kernel,
     )
 

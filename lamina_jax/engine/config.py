@@ -1,17 +1,15 @@
 """What a user can set about an engine."""
 
-import contextlib
 import dataclasses
-from pathlib import Path
 
 from jaxtyping import DTypeLike
 
 from lamina_jax.attention.kernels import check_name
 from lamina_jax.attention.quantization import check_kv_cache_dtype, scale_bytes, stored_dtype
 from lamina_jax.models import ModelConfig
+from lamina_jax.runtime.memory import CACHE_SHARE_OF_MEMORY, available_memory
+from lamina_jax.runtime.messages import Placement
 from lamina_jax.runtime.places import channel_kind, check_platforms
-
-_CACHE_SHARE_OF_MEMORY = 0.25
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +39,7 @@ class EngineConfig:
     kv_cache_dtype: str = "auto"
     attention_kernel: str = "auto"
     timeout_s: float = 60.0
+    start_timeout_s: float = 120.0
     seed: int = 0
     trace_dir: str | None = None
 
@@ -60,8 +59,10 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
-        if not isinstance(self.timeout_s, int | float) or not self.timeout_s > 0:
-            raise ValueError(f"timeout_s must be a positive number of seconds, got {self.timeout_s!r}.")
+        for name in ("timeout_s", "start_timeout_s"):
+            seconds = getattr(self, name)
+            if not isinstance(seconds, int | float) or not seconds > 0:
+                raise ValueError(f"{name} must be a positive number of seconds, got {seconds!r}.")
         for name in ("model_memory_fraction", "attention_memory_fraction"):
             fraction = getattr(self, name)
             if fraction is not None and not 0 < fraction <= 1:
@@ -78,6 +79,11 @@ class EngineConfig:
                 f"num_batches is {self.num_batches}, which takes {self.num_batches - 1} replicas of the model, and "
                 "context does not travel between GPUs yet; use at most 2."
             )
+
+    @property
+    def placement(self) -> Placement:
+        """Which devices the model takes."""
+        return Placement(**{name: getattr(self, name) for name in Placement.__struct_fields__})
 
     def _check_division(self) -> None:
         if self.tensor_parallel_size == 1:
@@ -120,7 +126,7 @@ def size_cache(
             f"max_model_len is {config.max_model_len}, but the model's max_position_embeddings is "
             f"{model.max_position_embeddings}; give at most that."
         )
-    memory = config.kv_cache_bytes or device_bytes or int(_CACHE_SHARE_OF_MEMORY * _available_memory())
+    memory = config.kv_cache_bytes or device_bytes or int(CACHE_SHARE_OF_MEMORY * available_memory())
     stored = stored_dtype(config.kv_cache_dtype, dtype)
     token_bytes = model.kv_bytes_per_token(stored.itemsize, scale_bytes=scale_bytes(stored))
     page_bytes = token_bytes * config.page_size
@@ -135,13 +141,3 @@ def size_cache(
         )
     num_pages = min(affordable, per_sequence * config.max_num_seqs)
     return CacheSize(max_model_len=min(wanted_len, num_pages * config.page_size), num_pages=num_pages)
-
-
-def _available_memory() -> int:
-    """Bytes that this process may still take: of the machine, or of its container (cgroup v2) if that is less."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    with contextlib.suppress(OSError, ValueError):
-        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
-        available = min(available, limit - used)
-    return available

@@ -14,10 +14,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
+from absl import logging
 
-from lamina_jax.attention.kernels import KernelTarget, choose_kernel
-from lamina_jax.engine.config import EngineConfig, size_cache
+from lamina_jax.engine.backend import Backend, ClusterBackend, LocalBackend
+from lamina_jax.engine.config import CacheSize, EngineConfig, size_cache
 from lamina_jax.engine.interrupts import keeps_ctrl_c
 from lamina_jax.engine.outputs import RequestOutput
 from lamina_jax.engine.progress import Progress
@@ -28,31 +28,20 @@ from lamina_jax.engine.tokenizer import Tokenizer
 from lamina_jax.models import GenerationDefaults, ModelConfig, load_generation_config
 from lamina_jax.models.parallel import local_config
 from lamina_jax.runtime import timeline
+from lamina_jax.runtime.cluster import Cluster, load_cluster
 from lamina_jax.runtime.errors import WorkerError
-from lamina_jax.runtime.executor import CacheConfig, Executor, UnsplitExecutor
-from lamina_jax.runtime.loading import load
-from lamina_jax.runtime.model import Model
-from lamina_jax.runtime.model_worker import ModelWorker
-from lamina_jax.runtime.places import (
-    attention_environments,
-    channel_kind,
-    device_bytes,
-    model_memory_fraction,
-    model_places,
-)
+from lamina_jax.runtime.messages import ExecutorSettings
+from lamina_jax.runtime.model_worker import StepRunner
 from lamina_jax.runtime.plan import StepPlan
-from lamina_jax.runtime.pool import AttentionWorkerPool
-from lamina_jax.runtime.schedule import num_replicas
 from lamina_jax.runtime.slices import split_heads
-from lamina_jax.runtime.split import SplitExecutor
 
 Prompt = str | Mapping[str, Any]
 """Text, or ``{"prompt": text}``, or ``{"prompt_token_ids": [...]}``."""
 
 # Steps that are under way while the host looks at an older one: the device never waits for the host.
 _STEPS_AHEAD = 1
-# Of the GPU memory that a worker may take, what its KV cache does; the rest is for the step.
-_CACHE_SHARE_OF_GPU = 0.85
+# Settings of the processes that an LLM starts.
+_NOT_IN_CLUSTERS = ("num_attention_workers", "transport", "attention_memory_fraction", "trace_dir")
 # How long after Ctrl-C the steps under way may still take before the workers are given up.
 _INTERRUPTED_S = 2.0
 
@@ -60,9 +49,14 @@ _INTERRUPTED_S = 2.0
 class LLM:
     """A model, ready to generate; owns its attention workers, so close it or use it in a `with` statement.
 
+    With `cluster` it owns nothing but sessions with the workers of a cluster, which others start. When one of those
+    fails, `generate` does; the next call opens new sessions, and waits for workers that are not back yet.
+
     Args:
         model: a Hugging Face model directory (config.json, safetensors, tokenizer.json), or one made by
-            scripts/convert_checkpoint.py.
+            scripts/convert_checkpoint.py. In a cluster the model worker's host has it under the same path.
+        cluster: the workers of a cluster, or the file that names them (configs/clusters/); None runs the model worker
+            in this process.
         num_attention_workers: processes that hold the KV cache and compute attention, each for its share of the KV
             heads; 0 runs the model whole in this process.
         dtype: of weights and activations: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
@@ -75,8 +69,8 @@ class LLM:
         model_platform, attention_platform: "cpu" or "cuda", where the model's slices run and where attention does. A
             model on "cuda" needs the environment variable JAX_PLATFORMS=cuda,cpu, or none.
         transport: kind of the channels to the attention workers, or "auto" for the one that the platforms suggest:
-            "shm" between CPUs, "cuda_host" from a GPU to a CPU, "cuda_ipc" between GPUs of one host, for which there is
-            also "gda", GPU-initiated RDMA.
+            "shm" between CPUs, for which there are also "verbs" (RDMA) and "tcp", "cuda_host" from a GPU to a CPU,
+            "cuda_ipc" between GPUs of one host, for which there is also "gda", GPU-initiated RDMA.
         tensor_parallel_size: devices that share the model; each sends its own heads to its own attention workers, so
             num_attention_workers is a multiple of it.
         model_memory_fraction, attention_memory_fraction: of a GPU's memory, what the model and what each attention
@@ -92,6 +86,7 @@ class LLM:
         attention_kernel: name in `lamina_jax.attention.kernels.KERNELS`, or "auto" for the fastest one that runs on
             the attention devices: "mosaic" on Hopper GPUs if the cache suits it, else "xla".
         timeout_s: longest that one device waits for one message of another, in seconds.
+        start_timeout_s: longest wait for the workers of a cluster to be there, in seconds.
         seed: for requests whose SamplingParams name none.
         trace_dir: write a timeline of slices, messages and attention there on `close`, trace.json, for Perfetto or
             scripts/plot_timeline.py.
@@ -102,14 +97,12 @@ class LLM:
         WorkerError: a worker did not start.
     """
 
-    def __init__(self, model: str | os.PathLike[str], **settings: Any) -> None:
-        self._config = config = _engine_config(settings)
-        num_gpus = _claim_gpus(config)
-        places = model_places(
-            config.model_platform,
-            num_replicas=num_replicas(config.num_batches) if config.num_attention_workers else 1,
-            tensor_parallel_size=config.tensor_parallel_size,
-        )
+    def __init__(
+        self, model: str | os.PathLike[str], *, cluster: Cluster | str | os.PathLike[str] | None = None, **settings: Any
+    ) -> None:
+        if isinstance(cluster, str | os.PathLike):
+            cluster = load_cluster(cluster)
+        self._config = config = _engine_config(settings, cluster)
         directory = Path(model)
         self._model_config = ModelConfig.from_file(directory / "config.json")
         self._generation_defaults: GenerationDefaults = load_generation_config(directory)
@@ -123,44 +116,38 @@ class LLM:
         self._requests = itertools.count()
         self._closed_because: str | None = None
         self._busy = False
+        self._in_cluster = cluster is not None
+        self._backend: Backend = (
+            LocalBackend(directory, self._model_config, config)
+            if cluster is None
+            else ClusterBackend(cluster, directory, self._model_config, config)
+        )
+        self._size: CacheSize | None = None
+        self._open()
+
+    def _open(self) -> None:
+        """Makes the model worker. The sizes stay those of the first one."""
+        config = self._config
         with contextlib.ExitStack() as undo:
             if config.trace_dir is not None:
                 timeline.start(Path(config.trace_dir))
                 undo.callback(timeline.discard)
-            # Workers start up while the weights are read.
-            pool = None
-            if config.num_attention_workers:
-                environments = attention_environments(
-                    config.attention_platform,
-                    num_workers=config.num_attention_workers,
-                    num_model_gpus=_num_model_gpus(config),
-                    num_gpus=num_gpus,
-                    memory_fraction=config.attention_memory_fraction,
-                )
-                pool = AttentionWorkerPool(environments)
-                undo.callback(pool.close)
-            loaded = load(directory, dtype=config.dtype, place=places[0])
-            size = size_cache(
-                config,
-                self._model_config,
-                loaded.sites[0].kv.dtype,
-                device_bytes=_cache_bytes(config, self._model_config, pool, places[0]),
-            )
-            self.max_model_len = size.max_model_len
-            """Most tokens of a sequence, prompt and completion together."""
-            self._limits = SchedulerLimits.of(
-                max_num_seqs=config.max_num_seqs,
-                max_prefill_tokens=min(config.max_prefill_tokens, size.max_model_len),
-                page_size=config.page_size,
-                num_pages=size.num_pages,
-                num_batches=config.num_batches,
-                min_batch_seqs=_min_batch_seqs(config),
-            )
-            executor = _make_executor(config, loaded, pool, places, self._limits)
+            loaded = self._backend.load()
+            undo.callback(loaded.close)
+            if self._size is None:
+                self._size = size_cache(config, self._model_config, loaded.kv_dtype, device_bytes=loaded.cache_bytes)
+                self._limits = _scheduler_limits(config, self._size)
+            worker = loaded.make_worker(_executor_settings(config, self._limits))
             undo.pop_all()
-        self._worker = ModelWorker(executor, num_slots=config.max_num_seqs, num_batches=config.num_batches)
+        self._worker: StepRunner = worker
         # Ends the workers also when nobody calls close().
-        self._close_executor = weakref.finalize(self, _close, executor, config.trace_dir, os.getpid())
+        self._close_worker = weakref.finalize(self, _close, worker, config.trace_dir, os.getpid())
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a sequence, prompt and completion together."""
+        assert self._size is not None
+        return self._size.max_model_len
 
     def __enter__(self) -> "LLM":
         return self
@@ -171,7 +158,7 @@ class LLM:
     def close(self) -> None:
         """Ends the attention workers. The LLM cannot be used afterwards; may be called twice."""
         self._closed_because = self._closed_because or "it was closed."
-        self._close_executor()
+        self._close_worker()
         for threads in (self._dispatcher, self._reader):
             threads.shutdown(wait=False, cancel_futures=True)
 
@@ -201,7 +188,7 @@ class LLM:
 
         Raises:
             ValueError: a prompt or its parameters cannot be used; nothing was run.
-            WorkerError: a worker failed; the LLM is closed.
+            WorkerError: a worker failed; the LLM is closed, if it is not that of a cluster.
         """
         prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         params = self._params_for(sampling_params, len(prompts))
@@ -224,7 +211,7 @@ class LLM:
 
         Raises:
             ValueError: a request cannot be used; those that are running are given up. `validate` tells before.
-            WorkerError: a worker failed; the LLM is closed.
+            WorkerError: a worker failed; the LLM is closed, if it is not that of a cluster.
         """
         made = (self._request(i, prompt, params) for i, (prompt, params) in enumerate(requests))
         return self._run(made, Progress(use_tqdm=use_tqdm))
@@ -302,6 +289,8 @@ class LLM:
             raise RuntimeError(f"This LLM cannot be used any more: {self._closed_because}")
         if self._busy:
             raise RuntimeError("Another generate or stream of this LLM is under way; finish or close that one first.")
+        if self._in_cluster:
+            self._reopen_if_lost()
         self._busy = True
         run = _Run(self._worker, self._limits, self._dispatcher, self._reader, progress)
         patience = 2 * self._config.timeout_s
@@ -312,10 +301,9 @@ class LLM:
             patience = _INTERRUPTED_S
             raise
         except Exception as error:
-            shown = self._worker.executor.explain(error)
+            shown = self._worker.explain(error)
             if isinstance(shown, WorkerError) or isinstance(error, jax.errors.JaxRuntimeError):
-                self._closed_because = str(shown)
-                self.close()
+                self._give_up_worker(str(shown))
             if shown is error:
                 raise
             raise shown from error
@@ -331,8 +319,23 @@ class LLM:
             # Also when a second Ctrl-C cuts the wait short.
             self._busy = False
             if not drained:
-                self._closed_because = "a step did not end after it was interrupted."
-                self.close()
+                self._give_up_worker("a step did not end after it was interrupted.")
+
+    def _give_up_worker(self, why: str) -> None:
+        """After a failure. The workers of a cluster are asked again for the next run, others are gone."""
+        if self._in_cluster:
+            self._close_worker()
+        else:
+            self._closed_because = why
+            self.close()
+
+    def _reopen_if_lost(self) -> None:
+        try:
+            self._worker.check()
+        except WorkerError as error:
+            logging.warning("new sessions with the workers of the cluster, as the last ones are over: %s", error)
+            self._close_worker()
+            self._open()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,7 +350,7 @@ class _Run:
 
     def __init__(
         self,
-        worker: ModelWorker,
+        worker: StepRunner,
         limits: SchedulerLimits,
         dispatcher: ThreadPoolExecutor,
         reader: ThreadPoolExecutor,
@@ -408,14 +411,14 @@ class _Run:
         self._in_flight.append(_InFlight(steps, tokens))
         self._progress.add(prompt_tokens=sum(int(p.num_new.sum()) for p in plans if p.tokens is not None))
 
-    def _run_step(self, plans: Sequence[StepPlan]) -> list[jax.Array]:
+    def _run_step(self, plans: Sequence[StepPlan]) -> Sequence[Any]:
         self._worker.prepare(plans[0].bucket, len(plans))
         return self._worker.run(plans)
 
     def _collect(self) -> Iterator[tuple[int, RequestOutput]]:
         arrived = self._in_flight.popleft()
         tokens = arrived.tokens.result()
-        self._worker.executor.check()
+        self._worker.check()
         now = time.monotonic()
         emits = [(int(t[row]), s) for t, step in zip(tokens, arrived.steps, strict=True) for row, s in step.emits]
         for token, sequence in emits:
@@ -431,59 +434,51 @@ class _Run:
                     yield request.index, request.output()
 
 
-def _engine_config(settings: Mapping[str, Any]) -> EngineConfig:
-    known = {field.name for field in dataclasses.fields(EngineConfig)}
-    unknown = sorted(set(settings) - known)
+def _engine_config(settings: Mapping[str, Any], cluster: Cluster | None) -> EngineConfig:
+    known = {field.name: field for field in dataclasses.fields(EngineConfig)}
+    unknown = sorted(set(settings) - set(known))
     if unknown:
         raise TypeError(f"LLM has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
-    return EngineConfig(**settings)
+    if cluster is None:
+        return EngineConfig(**settings)
+    for name in _NOT_IN_CLUSTERS:
+        if settings.get(name, known[name].default) != known[name].default:
+            raise ValueError(f"{name} is for workers that the LLM starts; those of a cluster have their own: omit it.")
+    return EngineConfig(**{**settings, "num_attention_workers": len(cluster.attention_workers)})
 
 
-def _close(executor: Executor, trace_dir: str | None, owner: int) -> None:
+def _close(worker: StepRunner, trace_dir: str | None, owner: int) -> None:
     if os.getpid() != owner:
         return  # a forked child, which exits
-    executor.close()
+    worker.close()
     if trace_dir is not None:
         timeline.finish(Path(trace_dir))
 
 
-def _make_executor(
-    config: EngineConfig,
-    model: Model,
-    pool: AttentionWorkerPool | None,
-    places: Sequence[Sharding],
-    limits: SchedulerLimits,
-) -> Executor:
-    kv = model.sites[0].kv
-    # GPUs of one host are taken to be of one kind: the engine has no attention worker's at hand.
-    on_cpu = pool is not None and config.attention_platform == "cpu"
-    device = jax.local_devices(backend="cpu" if on_cpu else None)[0]
-    target = KernelTarget.of_device(
-        device,
-        dtype=kv.dtype.name,
-        kv_cache_dtype=config.kv_cache_dtype,
-        head_dim=kv.shape[3],
-        page_size=limits.page_size,
+def _scheduler_limits(config: EngineConfig, size: CacheSize) -> SchedulerLimits:
+    return SchedulerLimits.of(
+        max_num_seqs=config.max_num_seqs,
+        max_prefill_tokens=min(config.max_prefill_tokens, size.max_model_len),
+        page_size=config.page_size,
+        num_pages=size.num_pages,
+        num_batches=config.num_batches,
+        min_batch_seqs=_min_batch_seqs(config),
     )
-    cache = CacheConfig(
+
+
+def _executor_settings(config: EngineConfig, limits: SchedulerLimits) -> ExecutorSettings:
+    return ExecutorSettings(
         page_size=limits.page_size,
         num_pages=limits.num_pages,
-        kernel=choose_kernel(config.attention_kernel, target),
-        dtype=config.kv_cache_dtype,
-    )
-    if pool is None:
-        return UnsplitExecutor(model, cache)
-    return SplitExecutor(
-        model,
-        cache,
-        pool,
-        num_batches=config.num_batches,
-        replicas=places,
-        channel_kind=channel_kind(config.model_platform, config.attention_platform, config.transport),
-        overlap=config.overlap,
-        trace_dir=config.trace_dir,
+        kv_cache_dtype=config.kv_cache_dtype,
+        attention_platform=config.attention_platform,
+        attention_kernel=config.attention_kernel,
+        max_num_seqs=config.max_num_seqs,
         max_step_tokens=limits.max_step_tokens,
+        num_batches=config.num_batches,
+        overlap=config.overlap,
         timeout_s=config.timeout_s,
+        trace_dir=config.trace_dir,
     )
 
 
@@ -493,45 +488,6 @@ def _min_batch_seqs(config: EngineConfig) -> int:
     # Measured on two cores that model and attention share: smaller batches cost more than overlapping them gains.
     worth = 32 if config.model_platform == "cpu" else 8
     return max(1, min(worth, config.max_num_seqs // config.num_batches))
-
-
-def _num_model_gpus(config: EngineConfig) -> int:
-    if config.model_platform == "cpu":
-        return 0
-    return config.tensor_parallel_size * (num_replicas(config.num_batches) if config.num_attention_workers else 1)
-
-
-def _claim_gpus(config: EngineConfig) -> int:
-    """Limits what this process takes of its GPUs' memory, before JAX does; returns how many GPUs it sees."""
-    if config.model_platform == "cpu":
-        return 0
-    # Imported late: only a model on a GPU needs the custom calls of CUDA.
-    from lamina_jax.transport.cuda import cuda_device_count
-
-    num_gpus = cuda_device_count()
-    fraction = config.model_memory_fraction or model_memory_fraction(
-        num_workers=config.num_attention_workers if config.attention_platform == "cuda" else 0,
-        num_model_gpus=_num_model_gpus(config),
-        num_gpus=num_gpus,
-    )
-    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{fraction:.3f}"
-    return num_gpus
-
-
-def _cache_bytes(
-    config: EngineConfig, model: ModelConfig, pool: AttentionWorkerPool | None, place: Sharding
-) -> int | None:
-    """What there is for the whole KV cache where it lies on GPUs; None where it lies in the host's memory."""
-    if pool is None:
-        (device,) = place.device_set
-        limit = device_bytes(device)
-        return limit and int(_CACHE_SHARE_OF_GPU * (limit - device.memory_stats()["bytes_in_use"]))
-    if config.attention_platform == "cpu":
-        return None
-    smallest = pool.device_bytes()
-    # All workers have as many pages, so the one with the most heads decides.
-    most_heads = -(-model.num_kv_heads // config.num_attention_workers)
-    return smallest and int(_CACHE_SHARE_OF_GPU * smallest * model.num_kv_heads / most_heads)
 
 
 def _checked_ids(token_ids: Any) -> list[int]:

@@ -12,7 +12,30 @@ from lamina_jax.attention.merge import merge
 from lamina_jax.attention.params import LayerParams
 from lamina_jax.runtime.messages import AttentionWorkerConfig
 from lamina_jax.runtime.stamps import next_layer, next_step
-from lamina_jax.transport import Channel, Tag, fence, recv, send
+from lamina_jax.transport import Channel, MessageSpec, Tag, fence, recv, send
+
+
+def requests(config: AttentionWorkerConfig) -> list[MessageSpec]:
+    """The largest messages that a worker's inboxes get."""
+    q, kv = _largest(config, config.num_heads), _largest(config, config.num_kv_heads)
+    return [MessageSpec(tag=Tag.Q, tensors=(q,)), MessageSpec(tag=Tag.KV, tensors=(kv, kv))]
+
+
+def answers(config: AttentionWorkerConfig) -> list[MessageSpec]:
+    """The largest messages that its outboxes take."""
+    return [MessageSpec(tag=Tag.ATTENDED, tensors=(_largest(config, config.num_heads),))]
+
+
+def message_list(config: AttentionWorkerConfig) -> tuple[str, ...]:
+    """What travels between model worker and attention worker, in words that the two can compare."""
+    return tuple(
+        f"{message.tag.label} " + " ".join(f"{t.dtype.name}{list(t.shape)}" for t in message.tensors)
+        for message in (*requests(config), *answers(config))
+    )
+
+
+def _largest(config: AttentionWorkerConfig, heads: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, config.max_step_tokens, heads, config.head_dim), config.dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

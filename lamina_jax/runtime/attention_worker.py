@@ -1,7 +1,10 @@
 """The attention worker: a process that holds KV cache for its share of the heads and answers q with attention.
 
-It decides nothing. The engine tells it over the control socket which step comes next; the step itself is one XLA
-program that reads q, k and v from a channel, keeps the cache in place, and writes the output to another channel.
+It decides nothing. The model worker tells it over a control connection which step comes next; the step itself is one
+XLA program that reads q, k and v from a channel, keeps the cache in place, and writes the output to another channel.
+
+Run as a program it belongs to the engine that started it, on the same host. `serve_cluster` serves the model worker of
+a cluster.
 """
 
 import contextlib
@@ -10,8 +13,9 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import jax
 import jax.numpy as jnp
@@ -22,28 +26,32 @@ from absl import app, flags, logging
 from lamina_jax.attention.cache import PagedCache, StepTables
 from lamina_jax.attention.kernels import get_kernel
 from lamina_jax.runtime import timeline
-from lamina_jax.runtime.attention_step import AttentionStep
+from lamina_jax.runtime.attention_step import AttentionStep, message_list
 from lamina_jax.runtime.control import ControlClient
+from lamina_jax.runtime.control_tcp import ControlListener, Session
 from lamina_jax.runtime.gpu_options import compiler_options, exact_products
+from lamina_jax.runtime.memory import CACHE_SHARE_OF_MEMORY, available_memory
 from lamina_jax.runtime.messages import (
     AttentionWorkerConfig,
+    Available,
     Bucket,
     Configure,
+    Describe,
     Done,
     Failed,
     Hello,
     Prepare,
     RunStep,
     Shutdown,
+    ToClusterWorker,
 )
-from lamina_jax.runtime.places import device_bytes
+from lamina_jax.runtime.places import CACHE_SHARE_OF_GPU, device_bytes
+from lamina_jax.runtime.serving import MessageError, Servant, serve
 from lamina_jax.runtime.stamps import first_stamp
-from lamina_jax.transport import Channel, ChannelAddress, attach, first_failure
+from lamina_jax.transport import Channel, ChannelAddress, Role, attach, first_failure
 from lamina_jax.transport.recorder import start_recording
 
-_CONTROL = flags.DEFINE_string("control", None, "ZeroMQ address of the engine's control socket.", required=True)
-_INDEX = flags.DEFINE_integer("index", None, "Number of this worker, from 0.", required=True)
-_ENGINE_PID = flags.DEFINE_integer("engine_pid", None, "The worker ends when this process does.", required=True)
+FLAGS = flags.FLAGS
 
 _POLL_MS = 50
 # The engine's waits have the deadlines, so it can say who is late, and may be stopped for a while (Ctrl-Z). Should it
@@ -103,18 +111,136 @@ class AttentionWorker:
             if (failure := first_failure(self._channels)) is not None:
                 raise failure
 
+    def finish(self) -> None:
+        """Waits for the last step dispatched. Raises as `reap`."""
+        self._stamps.block_until_ready()
+        if (failure := first_failure(self._channels)) is not None:
+            raise failure
 
-def main(argv: list[str]) -> None:
+    def abort(self) -> None:
+        """Makes the steps under way fail, and the model worker's operations on the other ends."""
+        for channel in self._channels:
+            channel.abort()
+
+    def close(self) -> None:
+        """Frees the channels, once no step uses them any more."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._stamps.block_until_ready()
+        for channel in self._channels:
+            channel.close()
+
+
+class AttentionServant(Servant):
+    """Obeys the model worker, whether that is on this host or another."""
+
+    def __init__(self, send: Callable[[Any], None], *, peer: str = "model worker", host: str = "127.0.0.1") -> None:
+        """Args:
+        send: queues a message for the model worker (`messages.FromWorker`, `messages.FromClusterWorker`).
+        peer: what errors call the model worker.
+        host: address of this host by which the model worker reaches it.
+        """
+        self._send = send
+        self._peer = peer
+        self._host = host
+        self._worker: AttentionWorker | None = None
+        self._aborted = False
+
+    def obey(self, message: ToClusterWorker) -> None:
+        match message:
+            case Describe():
+                self._send(_available())
+            case Configure() if self._worker is None:
+                self._worker, answers = self._configure(message)
+                if self._aborted:
+                    self._worker.abort()
+                self._send(Done(answers=answers))
+            case Prepare() if self._worker is not None:
+                self._worker.prepare(message.bucket, message.num_batches)
+                self._send(Done())
+            case RunStep() if self._worker is not None:
+                self._worker.dispatch(message)
+            case _:
+                when = "before" if self._worker is None else "after"
+                raise MessageError(f"{type(message).__name__} came {when} Configure")
+
+    def watch(self) -> None:
+        if self._worker is not None:
+            self._worker.reap()
+
+    def reason(self, error: Exception) -> str:
+        return f"{type(error).__name__}: {error}"
+
+    def finish(self) -> None:
+        if self._worker is not None:
+            self._worker.finish()
+
+    def abort(self) -> None:
+        self._aborted = True
+        if self._worker is not None:
+            self._worker.abort()
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+    def _configure(self, message: Configure) -> tuple[AttentionWorker, tuple[ChannelAddress | None, ...]]:
+        """The worker, and what the creator of its channels has to know of its ends."""
+        config = message.config
+        if message.messages != (own := message_list(config)):
+            raise RuntimeError(
+                f"{config.name} expects the messages {', '.join(own)}, the {self._peer} has "
+                f"{', '.join(message.messages)}; both must run the same version of lamina_jax"
+            )
+        with contextlib.ExitStack() as undo:
+            inboxes = [undo.enter_context(self._attached(address, "reader")) for address in message.inboxes]
+            outboxes = [undo.enter_context(self._attached(address, "writer")) for address in message.outboxes]
+            worker = AttentionWorker(config, inboxes, outboxes)
+            undo.pop_all()
+        return worker, tuple(c.answer for c in (*inboxes, *outboxes))
+
+    def _attached(self, address: ChannelAddress, role: Role) -> Channel:
+        # Elsewhere the creator cannot reach this end.
+        options = {"host": self._host} if address.kind == "tcp" else {}
+        return attach(address, role=role, peer=self._peer, timeout_s=_PATIENCE_S, **options)
+
+
+def serve_cluster(listener: ControlListener, *, name: str) -> None:
+    """Serves model workers of a cluster, one after another, until SIGTERM.
+
+    Args:
+        listener: its messages are `messages.ToClusterWorker`.
+        name: of this worker in the log, e.g. "attention worker 1".
+    """
+
+    host = urlsplit(listener.address).hostname or ""
+
+    def make(session: Session) -> AttentionServant:
+        return AttentionServant(session.send, peer=f"model worker on {session.peer.host}", host=host)
+
+    serve(listener, make, name=name, waits_for="a model worker")
+
+
+def run() -> None:
+    """The program of a worker that belongs to an engine of this host."""
+    # Not before, as scripts that import this module have flags of their own.
+    flags.DEFINE_string("control", None, "ZeroMQ address of the engine's control socket.", required=True)
+    flags.DEFINE_integer("index", None, "Number of this worker, from 0.", required=True)
+    flags.DEFINE_integer("engine_pid", None, "The worker ends when this process does.", required=True)
+    app.run(_main)
+
+
+def _main(argv: list[str]) -> None:
     del argv
     # The engine ends its workers itself; a Ctrl-C in its terminal must not end them first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    client = ControlClient(_CONTROL.value)
-    _end_with(_ENGINE_PID.value, client)
+    client = ControlClient(FLAGS.control)
+    _end_with(FLAGS.engine_pid, client)
     try:
-        client.send(Hello(worker=_INDEX.value, device_bytes=device_bytes(jax.devices()[0])))
+        client.send(Hello(worker=FLAGS.index, device_bytes=device_bytes(jax.devices()[0])))
         _serve(client)
     except Exception as error:
-        logging.info("attention worker %d failed", _INDEX.value, exc_info=True)
+        logging.info("attention worker %d failed", FLAGS.index, exc_info=True)
         client.send(Failed(message=f"{type(error).__name__}: {error}"))
         client.close()
         # Skips the wait of a normal exit for programs that may still sit in a channel.
@@ -124,41 +250,22 @@ def main(argv: list[str]) -> None:
 
 
 def _serve(client: ControlClient) -> None:
+    servant = AttentionServant(client.send)
     with contextlib.ExitStack() as at_end:
-        _obey(client, at_end)
-
-
-def _obey(client: ControlClient, at_end: contextlib.ExitStack) -> None:
-    worker: AttentionWorker | None = None
-    while True:
-        message = client.receive(timeout_ms=_POLL_MS)
-        match message:
-            case Shutdown():
-                return
-            case Configure():
-                worker, answers = _configure(message)
+        while not isinstance(message := client.receive(timeout_ms=_POLL_MS), Shutdown):
+            if message is not None:
+                servant.obey(message)
+            if isinstance(message, Configure):
                 _record(message.config, at_end)
-                client.send(Done(answers=answers))
-            case Prepare() if worker is not None:
-                worker.prepare(message.bucket, message.num_batches)
-                client.send(Done())
-            case RunStep() if worker is not None:
-                worker.dispatch(message)
-            case None:
-                pass
-            case _:
-                raise RuntimeError(f"got {type(message).__name__} before Configure")
-        if worker is not None:
-            worker.reap()
+            servant.watch()
 
 
-def _configure(message: Configure) -> tuple[AttentionWorker, tuple[ChannelAddress | None, ...]]:
-    """The worker, and what the engine has to know of its ends of the channels."""
-    config = message.config
-    options = {"peer": "model worker", "timeout_s": _PATIENCE_S}
-    inboxes = [attach(address, role="reader", **options) for address in message.inboxes]
-    outboxes = [attach(address, role="writer", **options) for address in message.outboxes]
-    return AttentionWorker(config, inboxes, outboxes), tuple(c.answer for c in (*inboxes, *outboxes))
+def _available() -> Available:
+    device = jax.devices()[0]
+    limit = device_bytes(device)
+    if limit is None:
+        return Available(platform="cpu", cache_bytes=int(CACHE_SHARE_OF_MEMORY * available_memory()))
+    return Available(platform="cuda", cache_bytes=int(CACHE_SHARE_OF_GPU * limit))
 
 
 def _record(config: AttentionWorkerConfig, at_end: contextlib.ExitStack) -> None:
@@ -187,4 +294,4 @@ def _end_with(pid: int, client: ControlClient) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run()

@@ -61,11 +61,19 @@ def load_key_file(path: str | os.PathLike[str]) -> ClusterKey:
         OSError: it cannot be read.
     """
     path = Path(path).expanduser()
-    # O_NONBLOCK: opening a named pipe would wait for a writer.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with os.fdopen(descriptor, "rb") as file:
+    try:
+        # O_NONBLOCK: opening a named pipe would wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"there is no cluster key at {path}; copy that of another host, or make one with "
+            "scripts/make_cluster_key.py"
+        ) from None
+    try:
         _require_private(path, os.fstat(descriptor))
-        content = file.read(_MAX_BYTES)
+        content = os.read(descriptor, _MAX_BYTES)
+    finally:
+        os.close(descriptor)
     lines = content.decode("ascii", errors="replace").split("\n")
     if len(lines) != 3 or lines[0] != _HEADER or lines[2] != "":
         raise ValueError(

@@ -6,6 +6,7 @@ The engine listens on a socket file in a directory that only its user may enter,
 import os
 import shutil
 import tempfile
+import threading
 from typing import Final
 
 import msgspec
@@ -32,18 +33,22 @@ class ControlServer:
         except BaseException:
             self.close()
             raise
+        # One thread tells workers of steps while another asks how they are.
+        self._lock = threading.Lock()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromWorker)
 
     def send(self, peer: bytes, message: ToWorker) -> None:
         """Queues a message for the worker that was seen as `peer`."""
-        self._socket.send_multipart([peer, self._encoder.encode(message)])
+        with self._lock:
+            self._socket.send_multipart([peer, self._encoder.encode(message)])
 
     def receive(self, timeout_ms: int) -> tuple[bytes, FromWorker] | None:
         """The next message and who sent it, or None if there is none within `timeout_ms`."""
-        if not self._socket.poll(timeout_ms):
-            return None
-        peer, body = self._socket.recv_multipart()
+        with self._lock:
+            if not self._socket.poll(timeout_ms):
+                return None
+            peer, body = self._socket.recv_multipart()
         return peer, self._decoder.decode(body)
 
     def remove_files(self) -> None:

@@ -4,8 +4,10 @@ Each slot remembers its last sampled token on the device, and the next step of t
 reads tokens only to find out what was said; it may be late.
 """
 
+import abc
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,36 @@ from lamina_jax.runtime.plan import StepPlan
 from lamina_jax.runtime.sampler import SamplingMode, SamplingTensors, sample
 
 
-class ModelWorker:
+class StepRunner(abc.ABC):
+    """Runs planned steps: a model worker, in this process or elsewhere."""
+
+    @abc.abstractmethod
+    def prepare(self, bucket: Bucket, num_batches: int) -> None:
+        """Compiles what steps of so many batches of a bucket need. Raises WorkerError if a worker fails."""
+
+    @abc.abstractmethod
+    def run(self, plans: Sequence[StepPlan]) -> Sequence[Any]:
+        """Dispatches a step of several batches, all of one prepared bucket.
+
+        Returns:
+            The sampled tokens of each, int32 [batch], which are not there yet: `np.asarray` waits for them, and raises
+            the error of a step that failed.
+        """
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """As `Executor.check`."""
+
+    @abc.abstractmethod
+    def explain(self, error: Exception) -> Exception:
+        """The exception to show the user for one that came out of a dispatched step."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Ends workers and frees channels; what is still running fails. May be called twice."""
+
+
+class ModelWorker(StepRunner):
     """Runs planned steps through an executor and keeps each slot's last token."""
 
     def __init__(self, executor: Executor, *, num_slots: int, num_batches: int) -> None:
@@ -29,11 +60,9 @@ class ModelWorker:
         self._last_tokens: list[jax.Array] = [jnp.zeros((num_slots,), jnp.int32) for _ in range(num_batches)]
 
     def prepare(self, bucket: Bucket, num_batches: int) -> None:
-        """Compiles what steps of so many batches of a bucket need. Raises WorkerError if a worker fails."""
         self.executor.prepare(bucket, num_batches)
 
     def run(self, plans: Sequence[StepPlan]) -> list[Int[Array, " batch"]]:
-        """Dispatches a step of several batches and returns the sampled tokens of each, which are not there yet."""
         return [sampled for sampled, _ in self.run_with_logits(plans)]
 
     def run_with_logits(
@@ -45,6 +74,15 @@ class ModelWorker:
         for i, logits in self.executor.forward(plans, tokens):
             results[i] = self._sample(plans[i], logits), logits
         return [results[i] for i in range(len(plans))]
+
+    def check(self) -> None:
+        self.executor.check()
+
+    def explain(self, error: Exception) -> Exception:
+        return self.executor.explain(error)
+
+    def close(self) -> None:
+        self.executor.close()
 
     def _sample(self, plan: StepPlan, logits: jax.Array) -> jax.Array:
         ends = plan.context_lens + plan.num_new

@@ -17,9 +17,12 @@ MODEL_AXIS: Final = "model"
 
 AUTO_TRANSPORT: Final = "auto"
 
+CACHE_SHARE_OF_GPU: Final = 0.85
+"""Of the GPU memory that a worker may take, what its KV cache does; the rest is for the step."""
+
 # From where the model runs to where attention does; "auto" is the first of each.
 _CHANNEL_KINDS: Final[Mapping[tuple[str, str], Sequence[str]]] = {
-    ("cpu", "cpu"): ("shm",),
+    ("cpu", "cpu"): ("shm", "verbs", "tcp"),
     ("cuda", "cpu"): ("cuda_host",),
     ("cuda", "cuda"): ("cuda_ipc", "gda"),
 }
@@ -58,6 +61,49 @@ def channel_kind(model_platform: str, attention_platform: str, transport: str = 
             f"{attention_platform}; those that do: {', '.join((AUTO_TRANSPORT, *suitable))}."
         )
     return transport
+
+
+def cluster_channel_kind(
+    model_platform: str,
+    attention_platform: str,
+    transport: str,
+    *,
+    same_host: bool,
+    rdma: tuple[str | None, str | None],
+    rdma_problems: tuple[str, str] = ("", ""),
+) -> tuple[str, str]:
+    """The kind of channel between the model worker and an attention worker of a cluster, and why that one.
+
+    Args:
+        transport: the kind asked for, or "auto".
+        same_host: whether the two can share memory.
+        rdma: of the model worker and of the attention worker, what describes their RDMA device; None if there is none.
+        rdma_problems: why there is none.
+
+    Raises:
+        ValueError: there is no such channel between them.
+    """
+    if (model_platform, attention_platform) != ("cpu", "cpu"):
+        if not same_host:
+            raise ValueError(
+                f"a model on {model_platform} and attention on {attention_platform} must be on one host, as channels "
+                "between hosts join CPUs so far"
+            )
+        kind = channel_kind(model_platform, attention_platform, transport)
+        return kind, f"from {model_platform} to {attention_platform} of one host"
+    sides = zip(("model worker", "attention worker"), rdma, rdma_problems, strict=True)
+    lacking = " and ".join(f"the {side} has no RDMA device ({why})" for side, device, why in sides if device is None)
+    if transport == "shm" and not same_host:
+        raise ValueError("transport 'shm' joins workers that share memory, and these are on different hosts")
+    if transport == "verbs" and lacking:
+        raise ValueError(f"transport 'verbs' needs an RDMA device at both ends, but {lacking}")
+    if transport != AUTO_TRANSPORT:
+        return channel_kind(model_platform, attention_platform, transport), "as the cluster asks for"
+    if same_host:
+        return "shm", "as both are on one host"
+    if lacking:
+        return "tcp", f"as {lacking}"
+    return "verbs", f"as both have an RDMA device ({' / '.join(map(str, rdma))})"
 
 
 def model_places(platform: str, *, num_replicas: int, tensor_parallel_size: int) -> list[Sharding]:

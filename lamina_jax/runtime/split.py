@@ -11,13 +11,14 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from lamina_jax import partition
+from lamina_jax.runtime.attention_step import answers, message_list, requests
 from lamina_jax.runtime.errors import WorkerError
 from lamina_jax.runtime.executor import CacheConfig, Executor
 from lamina_jax.runtime.gpu_options import compiler_options
 from lamina_jax.runtime.messages import AttentionWorkerConfig, Bucket, Configure, RunStep
 from lamina_jax.runtime.model import Model
 from lamina_jax.runtime.plan import StepPlan
-from lamina_jax.runtime.pool import AttentionWorkerPool
+from lamina_jax.runtime.pool import AttentionWorkers
 from lamina_jax.runtime.schedule import Turn, turns
 from lamina_jax.runtime.slices import Heads, SlicePlan, SlicePorts, plan_slice, split_heads
 from lamina_jax.runtime.stamps import first_stamp
@@ -76,17 +77,17 @@ class _SlicedModel:
 
 
 class SplitExecutor(Executor):
-    """The model's slices here, its attention in the workers of a pool, channels between."""
+    """The model's slices here, its attention in workers, channels between."""
 
     def __init__(
         self,
         model: Model,
         config: CacheConfig,
-        pool: AttentionWorkerPool,
+        pool: AttentionWorkers,
         *,
         num_batches: int,
         replicas: Sequence[Sharding],
-        channel_kind: str,
+        channel_kinds: Sequence[str],
         overlap: bool,
         max_step_tokens: int,
         timeout_s: float,
@@ -96,7 +97,7 @@ class SplitExecutor(Executor):
             num_batches: most batches in flight at a time.
             replicas: where each replica of the model lies, `schedule.num_replicas(num_batches)` of them: a device, or
                 the mesh that the model is divided over.
-            channel_kind: of the channels to the attention workers, one of `transport.channel_kinds()`.
+            channel_kinds: for each attention worker one of `transport.channel_kinds()`.
             overlap: send q before k and v are computed, so that attention over the cache starts meanwhile.
             max_step_tokens: largest batch x tokens of any bucket; sizes the channels.
             timeout_s: longest wait for one message, in seconds.
@@ -124,17 +125,19 @@ class SplitExecutor(Executor):
         # first device.
         self._down: list[list[Channel]] = []
         self._up: list[list[Channel]] = []
-        for i, name in enumerate(pool.names()):
-            self._open_channels(channel_class(channel_kind), i, name, max_step_tokens, timeout_s)
         # By replica, then by batch: from a replica to the next one.
         self._context_out: list[list[Channel]] = []
         self._context_in: list[list[Channel]] = []
-        if len(replicas) > 1:
-            self._open_context_channels(max_step_tokens, timeout_s)
+        names = pool.names()
+        configs = [self._worker_config(config, i, max_step_tokens) for i in range(len(names))]
         try:
-            answers = pool.configure([self._configuration(config, i) for i in range(len(pool.names()))])
-            for i, name in enumerate(pool.names()):
-                _connect([*self._down[i], *self._up[i]], answers[i], name)
+            for i, kind in enumerate(channel_kinds):
+                self._open_channels(channel_class(kind), i, configs[i], timeout_s)
+            if len(replicas) > 1:
+                self._open_context_channels(max_step_tokens, timeout_s)
+            replies = pool.configure([self._configuration(c, i) for i, c in enumerate(configs)])
+            for i, name in enumerate(names):
+                _connect([*self._down[i], *self._up[i]], replies[i], name)
         except BaseException:
             for channel in self._channels():
                 channel.close()
@@ -225,19 +228,14 @@ class SplitExecutor(Executor):
     def _channels(self) -> Iterator[Channel]:
         return itertools.chain(*self._up, *self._down, *self._context_out, *self._context_in)
 
-    def _open_channels(
-        self, kind: type[Channel], worker: int, name: str, max_step_tokens: int, timeout_s: float
-    ) -> None:
-        site, share = self._model.sites[0], self._share_of(worker)
-        shape = lambda heads: (1, max_step_tokens, heads, site.kv.shape[3])  # noqa: E731
-        q = jax.ShapeDtypeStruct(shape(share.num_q), site.q.dtype)
-        kv = jax.ShapeDtypeStruct(shape(share.num_kv), site.kv.dtype)
-        options = {"peer": name, "timeout_s": timeout_s, "device": self._device_of(worker)}
-        requests = [MessageSpec(tag=Tag.Q, tensors=(q,)), MessageSpec(tag=Tag.KV, tensors=(kv, kv))]
-        answers = [MessageSpec(tag=Tag.ATTENDED, tensors=(q,))]
-        batches = range(self._num_batches)
-        self._down.append([kind.create(role="writer", messages=requests, **options) for _ in batches])
-        self._up.append([kind.create(role="reader", messages=answers, **options) for _ in batches])
+    def _open_channels(self, kind: type[Channel], worker: int, config: AttentionWorkerConfig, timeout_s: float) -> None:
+        options = {"peer": config.name, "timeout_s": timeout_s, "device": self._device_of(worker)}
+        down, up = [], []
+        self._down.append(down)
+        self._up.append(up)
+        for _ in range(self._num_batches):
+            down.append(kind.create(role="writer", messages=requests(config), **options))
+            up.append(kind.create(role="reader", messages=answers(config), **options))
 
     def _share_of(self, worker: int) -> Heads:
         """A worker's heads among those of its device."""
@@ -272,22 +270,27 @@ class SplitExecutor(Executor):
         count = len(self._shares)
         return [list(itertools.chain(*ends[first::count])) for first in range(count)]
 
-    def _configuration(self, config: CacheConfig, worker: int) -> Configure:
+    def _worker_config(self, config: CacheConfig, worker: int, max_step_tokens: int) -> AttentionWorkerConfig:
         site, share = self._model.sites[0], self._share_of(worker)
+        return AttentionWorkerConfig(
+            name=self._pool.names()[worker],
+            layers=tuple(s.params for s in self._model.sites),
+            num_heads=share.num_q,
+            num_kv_heads=share.num_kv,
+            head_dim=site.kv.shape[3],
+            dtype=str(site.kv.dtype),
+            kv_cache_dtype=config.dtype,
+            page_size=config.page_size,
+            num_pages=config.num_pages,
+            max_step_tokens=max_step_tokens,
+            kernel=config.kernel,
+            trace_dir=self._trace_dir,
+        )
+
+    def _configuration(self, config: AttentionWorkerConfig, worker: int) -> Configure:
         return Configure(
-            config=AttentionWorkerConfig(
-                name=self._pool.names()[worker],
-                layers=tuple(s.params for s in self._model.sites),
-                num_heads=share.num_q,
-                num_kv_heads=share.num_kv,
-                head_dim=site.kv.shape[3],
-                dtype=str(site.kv.dtype),
-                kv_cache_dtype=config.dtype,
-                page_size=config.page_size,
-                num_pages=config.num_pages,
-                kernel=config.kernel,
-                trace_dir=self._trace_dir,
-            ),
+            config=config,
+            messages=message_list(config),
             inboxes=tuple(c.address for c in self._down[worker]),
             outboxes=tuple(c.address for c in self._up[worker]),
         )

@@ -329,7 +329,7 @@ def rdma_problem(nic: str | None = None) -> str | None:
         _open(nic or os.environ.get("LAMINA_RDMA_DEVICE"))
         _calls()
     except OSError as error:
-        return str(error)
+        return error.strerror or str(error)
     return None
 
 

@@ -25,7 +25,8 @@ LATENCY = """\
  remote address: LID 0000 QPN 0x0015 PSN 0x690412 RKey 0x000690 VAddr 0x005563f8079000
  GID: 00:00:00:00:00:00:00:00:00:00:255:255:10:99:00:01
 ---------------------------------------------------------------------------------------
- #bytes #iterations t_min[usec] t_max[usec] t_typical[usec] t_avg[usec] t_stdev[usec] 99% percentile[usec] 99.9% percentile[usec]
+ #bytes #iterations t_min[usec] t_max[usec] t_typical[usec] t_avg[usec] \
+t_stdev[usec] 99% percentile[usec] 99.9% percentile[usec]
  32768   300          592.63         2598.42      756.80   	       773.46      	145.06 		1512.55 		2598.42
 ---------------------------------------------------------------------------------------
 """

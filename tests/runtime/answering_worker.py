@@ -3,7 +3,6 @@
 import sys
 
 import answering
-from absl import app
 
 from lamina_jax.runtime import attention_worker
 from lamina_jax.runtime.messages import Done
@@ -14,4 +13,4 @@ if __name__ == "__main__":
         attention_worker.Done = lambda **_: Done()
         name = "AnsweringChannel"
     answering.register(name)
-    app.run(attention_worker.main)
+    attention_worker.run()

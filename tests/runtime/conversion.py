@@ -75,7 +75,7 @@ def convert(config: ModelConfig) -> dict[str, float]:
         pool,
         num_batches=2,
         replicas=[jax.sharding.SingleDeviceSharding(jax.devices()[0])],
-        channel_kind="shm",
+        channel_kinds=["shm"] * 8,
         overlap=True,
         max_step_tokens=BATCH,
         timeout_s=60.0,

@@ -1,5 +1,6 @@
 """What the runtime does for a GPU, as far as a CPU can show it; tests/gpu shows the rest."""
 
+import os
 import re
 
 import jax
@@ -8,9 +9,9 @@ import pytest
 
 from lamina_jax import LLM, SamplingParams, WorkerError
 from lamina_jax.attention.params import AttendParams
-from lamina_jax.engine import llm as llm_module
 from lamina_jax.engine.config import EngineConfig
 from lamina_jax.runtime import executor, gpu_options
+from lamina_jax.runtime.assembly import claim_gpus
 from lamina_jax.runtime.attention_worker import AttentionWorker
 from lamina_jax.runtime.messages import AttentionWorkerConfig
 from lamina_jax.testing import write_tiny_checkpoint
@@ -57,6 +58,7 @@ def test_attention_worker_looks_at_its_channels_when_a_step_has_run(monkeypatch)
         dtype="float32",
         page_size=4,
         num_pages=2,
+        max_step_tokens=16,
         kernel="xla",
     )
     ends = [ShmChannel.create(role=role, peer="peer", messages=[]) for role in ("writer", "reader")]
@@ -125,5 +127,6 @@ def test_what_the_model_takes_of_its_gpu(monkeypatch, settings, num_gpus, fracti
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "")
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION")
     monkeypatch.setattr(cuda, "cuda_device_count", lambda: num_gpus)
-    assert llm_module._claim_gpus(EngineConfig(model_platform="cuda", **settings)) == num_gpus
-    assert llm_module.os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") == fraction
+    placement = EngineConfig(model_platform="cuda", **settings).placement
+    assert claim_gpus(placement, num_local_workers=placement.num_attention_workers) == num_gpus
+    assert os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") == fraction

@@ -12,6 +12,7 @@ from lamina_jax.testing.rdma.channel_checks import (
     beside_perftest,
     breakage,
 )
+from lamina_jax.testing.rdma.deploy import deploy
 from lamina_jax.testing.rdma.machines import DEVICE, GID_INDEX, LOOPBACK_DEVICE, Machine
 from lamina_jax.testing.rdma.perftest import write_bandwidth, write_latency
 from lamina_jax.testing.rdma.report import Row, failed, judged, passed
@@ -108,4 +109,5 @@ CHECKS: Final = (
     Check(name="two devices", run=devices, num_machines=2, limit_s=60),
     Check(name="two perftest", run=perftest_link, num_machines=2, limit_s=120),
     Check(name="two with loss", run=packet_loss, num_machines=2, limit_s=60),
+    Check(name="two by docs/deploy.md", run=deploy, num_machines=2, limit_s=300),
 )

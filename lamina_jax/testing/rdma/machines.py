@@ -487,7 +487,7 @@ def qemu_command(
 ) -> list[str]:
     """The command that runs a machine: name, files, control port and link as in `Machine` and `Link`."""
     append = [
-        "console=ttyS0 quiet loglevel=4 panic=-1 oops=panic mitigations=off nokaslr tsc=reliable",
+        "console=ttyS0 quiet loglevel=4 panic=-1 oops=panic mitigations=off nokaslr tsc=reliable no_timer_check",
         f"lamina.name={name} lamina.folder={folder} lamina.modules={image.modules}",
         f"lamina.python={sys.executable} lamina.agent={_AGENT}",
     ]

@@ -18,6 +18,8 @@ MACHINE_PACKAGES: Final = (
     "ibverbs-utils",
     "perftest",
     "libibverbs-dev",
+    "openssh-client",
+    "dropbear-bin",
 )
 """QEMU, what makes an initramfs, and the programs that run in the machines."""
 PYVERBS_PACKAGES: Final = ("libnl-3-dev", "libnl-route-3-dev", "pkg-config")

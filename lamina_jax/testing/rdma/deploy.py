@@ -1,0 +1,77 @@
+"""docs/deploy.md as somebody would follow it: its commands, run as they are written, in two machines."""
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from lamina_jax.testing.doc_commands import Commands, read_commands
+from lamina_jax.testing.rdma.machines import ROOT, Machine
+from lamina_jax.testing.rdma.report import Row, judged, passed
+from lamina_jax.testing.tiny import write_tiny_checkpoint
+
+DOCUMENT: Final = ROOT / "docs" / "deploy.md"
+
+_BLOCK_LIMIT_S: Final = 240.0
+_CLUSTER: Final = "--cluster=configs/clusters/two_hosts.py"
+_MODEL: Final = "checkpoints/tiny"
+
+
+def deploy(machines: tuple[Machine, ...]) -> Iterator[Row]:
+    """Every block of commands on its hosts, in order; what is generated is what one host generates."""
+    by_name = {machine.name: machine for machine in machines}
+    _let_log_in(*machines)
+    model = machines[0].folder / "tiny"
+    write_tiny_checkpoint(model, "gqa")
+    machines[0].run(["bash", "-ec", f"mkdir -p checkpoints; rm -rf {_MODEL}; cp -r {model} {_MODEL}"], timeout_s=30.0)
+    for block in read_commands(DOCUMENT):
+        for host in block.hosts:
+            name = f"deploy.md line {block.line} on {host}"
+            output = by_name[host].run(_bash(block.script), timeout_s=_BLOCK_LIMIT_S, name=name)
+            yield passed(name)
+            if _CLUSTER in block.script and _MODEL in block.script:
+                expected = _texts(_on_one_host(block, model))
+                yield judged(
+                    "deploy.md: its tokens", _texts(output) == expected, f"{_texts(output)}, expected {expected}"
+                )
+
+
+def _bash(script: str) -> list[str]:
+    return ["bash", "-euo", "pipefail", "-c", script]
+
+
+def _on_one_host(block: Commands, model: Path) -> str:
+    """What the commands write if there is neither cluster nor attention worker."""
+    script = block.script.replace(_CLUSTER, "--num_attention_workers=0").replace(_MODEL, shlex.quote(str(model)))
+    path = f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH\n"
+    return subprocess.run(
+        _bash(path + script), cwd=ROOT, capture_output=True, text=True, timeout=300, check=True
+    ).stdout
+
+
+def _texts(output: str) -> list[str]:
+    return re.findall(r"^(?:Prompt|Text): .*$", output, re.MULTILINE)
+
+
+def _let_log_in(a: Machine, b: Machine) -> None:
+    """Has root of host a log in to b by ssh, as whoever looks after both hosts can."""
+    make_key = """
+        rm -rf ~/.ssh
+        mkdir -m 700 ~/.ssh
+        ssh-keygen -q -t ed25519 -N '' -f ~/.ssh/id_ed25519
+        echo 'StrictHostKeyChecking accept-new' > ~/.ssh/config
+        cat ~/.ssh/id_ed25519.pub
+    """
+    key = a.run(["bash", "-ec", make_key], timeout_s=60.0, name="ssh-keygen")
+    allow = f"""
+        rm -rf ~/.ssh
+        mkdir -m 700 ~/.ssh
+        echo {shlex.quote(key)} > ~/.ssh/authorized_keys
+        mkdir -p /etc/dropbear
+        exec dropbear -F -R -E
+    """
+    b.start(["bash", "-ec", allow], name="sshd")
+    b.wait_for_port(22)
