@@ -5,14 +5,18 @@ import sys
 from collections.abc import Iterator
 from typing import Final
 
+from lamina_jax.testing.rdma.channel_checks import (
+    BANDWIDTH_NBYTES,
+    BREAKAGE_LIMIT_S,
+    LATENCY_NBYTES,
+    beside_perftest,
+    breakage,
+)
 from lamina_jax.testing.rdma.machines import DEVICE, GID_INDEX, LOOPBACK_DEVICE, Machine
 from lamina_jax.testing.rdma.perftest import write_bandwidth, write_latency
 from lamina_jax.testing.rdma.report import Row, failed, judged, passed
 from lamina_jax.testing.rdma.runner import Check
 from lamina_jax.transport import channel_kinds
-
-LATENCY_NBYTES: Final = (2, 2048, 32768)
-BANDWIDTH_NBYTES: Final = 1 << 20
 
 CONFORMANCE_LIMIT_S: Final = 240.0
 
@@ -42,12 +46,6 @@ for found in d.get_device_list():
         active = {line.split()[0] for line in lines if "state 4" in line}
         detail = "; ".join(lines) or "pyverbs finds none"
         yield judged(f"devices of machine {machine.name}", active == set(wanted), detail)
-
-
-def perftest_loopback(machines: tuple[Machine, ...]) -> Iterator[Row]:
-    """Figures of perftest within one machine."""
-    (machine,) = machines
-    yield from _perftest(machine, machine, device=LOOPBACK_DEVICE, address="127.0.0.1")
 
 
 def perftest_link(machines: tuple[Machine, ...]) -> Iterator[Row]:
@@ -104,7 +102,8 @@ def conformance(machines: tuple[Machine, ...]) -> Iterator[Row]:
 
 CHECKS: Final = (
     Check(name="devices", run=devices, num_machines=1, limit_s=60),
-    Check(name="perftest", run=perftest_loopback, num_machines=1, limit_s=90),
+    Check(name="channel beside perftest", run=beside_perftest, num_machines=1, limit_s=180),
+    Check(name="breakage", run=breakage, num_machines=1, limit_s=BREAKAGE_LIMIT_S + 10),
     Check(name="conformance", run=conformance, num_machines=1, limit_s=CONFORMANCE_LIMIT_S + 10),
     Check(name="two devices", run=devices, num_machines=2, limit_s=60),
     Check(name="two perftest", run=perftest_link, num_machines=2, limit_s=120),
