@@ -1,5 +1,6 @@
 """Sessions of a worker: what it does with them, however they end."""
 
+import dataclasses
 import os
 import signal
 import threading
@@ -19,7 +20,7 @@ TERM = "SIGTERM"
 
 
 class Listener(control_tcp.ControlListener):
-    """Has sessions with given messages; after those an exception ends it, TERM is the signal."""
+    """Has sessions with given messages: an exception ends one, TERM is the signal, an event is waited for."""
 
     address = "tcp://127.0.0.1:1"
 
@@ -54,6 +55,9 @@ class Session(control_tcp.Session):
         if message == TERM:
             os.kill(os.getpid(), signal.SIGTERM)
             return None
+        if isinstance(message, threading.Event):
+            assert message.wait(60)
+            return None
         if isinstance(message, Exception):
             raise message
         return message
@@ -65,8 +69,22 @@ class Session(control_tcp.Session):
         self.ends.append(f"refused: {reason}")
 
 
+class Step:
+    """Obeyed until it is aborted."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+
+
+@dataclasses.dataclass
+class Raise:
+    """Cannot be obeyed."""
+
+    error: Exception
+
+
 class Recorder(Servant):
-    """Raises messages that are exceptions; waits at an event until it is aborted."""
+    """Obeys what the tests ask for."""
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
@@ -75,9 +93,10 @@ class Recorder(Servant):
 
     def obey(self, message: Any) -> None:
         self.calls.append(message)
-        if isinstance(message, Exception):
-            raise message
-        if message == "wait":
+        if isinstance(message, Raise):
+            raise message.error
+        if isinstance(message, Step):
+            message.begun.set()
             assert self._aborted.wait(60)
             raise RuntimeError("what it waited for was aborted")
         if message == "break":
@@ -123,26 +142,26 @@ def serve_all():
 
 
 def test_session_that_the_other_end_closes(serve_all):
-    ends, calls = serve_all(["wait", "never", SessionEnded("gone")], [1, SessionEnded("gone, too")])
+    step = Step()
+    ends, calls = serve_all([step, "next", step.begun, SessionEnded("gone")], [SessionEnded("gone, too")])
     assert ends == [["closed: gone"], ["closed: gone, too"]]
     # What is under way is aborted; what comes behind it is not begun.
-    assert calls[0] == ["wait", "close"]
-    assert calls[1] in ([1, "close"], ["close"])
+    assert calls == [[step, "close"], ["close"]]
 
 
 @pytest.mark.parametrize(
     ("message", "end"),
     [
-        (RuntimeError("no memory"), "closed: explained no memory"),
-        (MessageError("out of turn"), "refused: out of turn"),
-        (SessionEnded("gone as it answered"), "closed: gone as it answered"),
+        (Raise(RuntimeError("no memory")), "closed: explained no memory"),
+        (Raise(MessageError("out of turn")), "refused: out of turn"),
+        (Raise(SessionEnded("gone as it answered")), "closed: gone as it answered"),
         ("break", "closed: explained a step failed"),
     ],
 )
 def test_session_that_fails_is_over_and_the_next_one_served(serve_all, message, end):
-    ends, calls = serve_all([1, message], [2, SessionEnded("gone")])
+    ends, calls = serve_all([1, message], [SessionEnded("gone")])
     assert ends == [[end], ["closed: gone"]]
-    assert calls[0] == [1, message, "close"]
+    assert calls == [[1, message, "close"], ["close"]]
 
 
 def test_sigterm_finishes_what_was_asked(serve_all):
