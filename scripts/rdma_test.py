@@ -22,7 +22,8 @@ To add a check, write a function in a module of lamina_jax/testing/rdma and put 
 Paths are the same inside and outside, but of what is written in a machine only files below `machine.folder` come out.
 Afterwards the link is brought back, jobs that still run are killed, and a process or file of /dev/shm that these have
 left behind is a failure. Two machines are 10.99.0.1 and 10.99.0.2, with an RDMA device rxe0 each; one has rxe0 and, on
-lo, rxelo. The GID index is 1.
+lo, rxelo. The GID index is 1. Jobs are root's, who may lock all memory; one that may not is
+["bash", "-c", 'ulimit -l 64; exec setpriv --bounding-set=-ipc_lock -- "$@"', "bash", PROGRAM, ..].
 """
 
 import shutil

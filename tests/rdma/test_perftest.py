@@ -63,6 +63,11 @@ def test_latency():
     )
 
 
+def test_latency_without_a_standard_deviation():
+    latency = parse_latency(LATENCY.replace("145.06", "-nan"))
+    assert (latency.median_us, latency.p99_us) == (756.80, 1512.55)
+
+
 def test_bandwidth():
     assert parse_bandwidth(BANDWIDTH) == Bandwidth(nbytes=1048576, iterations=200, peak_mib_s=44.84, mean_mib_s=44.84)
 

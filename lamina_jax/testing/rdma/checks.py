@@ -1,5 +1,6 @@
 """What `scripts/rdma_test.py` looks at, in one list."""
 
+import contextlib
 import re
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from lamina_jax.testing.rdma.channel_checks import (
     breakage,
 )
 from lamina_jax.testing.rdma.deploy import deploy
-from lamina_jax.testing.rdma.machines import DEVICE, GID_INDEX, LOOPBACK_DEVICE, Machine
+from lamina_jax.testing.rdma.machines import DEVICE, GID_INDEX, LOOPBACK_DEVICE, JobError, Machine
 from lamina_jax.testing.rdma.perftest import write_bandwidth, write_latency
 from lamina_jax.testing.rdma.report import Row, failed, judged, passed
 from lamina_jax.testing.rdma.runner import Check
@@ -23,7 +24,7 @@ CONFORMANCE_LIMIT_S: Final = 240.0
 
 _CONFORMANCE_FILE: Final = "tests/transport/test_channel.py"
 _CONFORMANCE_TESTS: Final = (
-    "test_message_arrives_unchanged",
+    "every-dtype",
     "test_round_trips_in_a_scan",
     "test_full_ring_is_a_deadline_error",
     "test_peer_killed_while_we_recv",
@@ -91,14 +92,16 @@ def conformance(machines: tuple[Machine, ...]) -> Iterator[Row]:
         env={"LAMINA_RDMA_DEVICE": LOOPBACK_DEVICE},
         name="conformance",
     )
-    status = job.wait(timeout_s=CONFORMANCE_LIMIT_S)
+    with contextlib.suppress(JobError):  # killed when its time is up: what it found until then counts
+        job.wait(timeout_s=CONFORMANCE_LIMIT_S)
     for kind in kinds:
         outcomes = re.findall(rf"^\S+::(\w+)\[\S*\b{kind}\b\S*\] (\w+)", job.output, re.MULTILINE)
         wrong = [test for test, outcome in outcomes if outcome != "PASSED"]
         detail = f"{len(outcomes) - len(wrong)} of {len(outcomes)} tests passed; {', '.join(wrong)}".rstrip("; ")
         yield judged(f"conformance of {kind}", bool(outcomes) and not wrong, detail)
-    if status != 0:
-        yield failed("conformance", f"pytest ended with status {status}: {job.output.strip().splitlines()[-1]}")
+    if job.status != 0:
+        last = job.output.strip().rpartition("\n")[2]
+        yield failed("conformance", f"pytest ended with status {job.status} after {job.seconds:.0f} s: {last}")
 
 
 CHECKS: Final = (

@@ -107,8 +107,9 @@ class Job:
             JobError: It has not after `timeout_s` seconds, and was killed.
             MachineError: The machine ended before.
         """
-        if not self._machine._wait_until(lambda: self._status is not None, timeout_s, f"waiting for {self.name}"):
+        if not self._ends_within(timeout_s):
             self.kill()
+            self._ends_within(_GRACE_S)
             raise JobError(f"{self} has not ended within {timeout_s:.0f} s\n{self._tail()}")
         assert self._status is not None
         return self._status
@@ -140,11 +141,14 @@ class Job:
                 raise JobError(f"{self} ended with status {self._status} without writing {pattern!r}\n{self._tail()}")
             if time.monotonic() > deadline:
                 raise JobError(f"{self} has not written {pattern!r} within {timeout_s:.0f} s\n{self._tail()}")
-            self._machine._wait_until(lambda: self._status is not None, 0.05, f"waiting for {self.name}")
+            self._ends_within(0.05)
 
     def kill(self, signal_number: int = signal.SIGKILL, *, group: bool = True) -> None:
         """Sends a signal to its process group, or to its first process alone; nothing if that has ended."""
         self._machine._ask(do="signal", job=self._number, signal=int(signal_number), group=group)
+
+    def _ends_within(self, timeout_s: float) -> bool:
+        return self._machine._wait_until(lambda: self._status is not None, timeout_s, f"waiting for {self.name}")
 
     def _tail(self) -> str:
         return "\n".join(self.output.rstrip().splitlines()[-_TAIL_LINES:])

@@ -7,7 +7,8 @@ import time
 from lamina_jax.testing.rdma.machines import GID_INDEX, Job, Machine
 
 _PORT = 18515
-_ROW = re.compile(r"^\s*\d+(?:\s+[0-9.]+)+\s*$", re.MULTILINE)
+# Its standard deviation may be nan.
+_ROW = re.compile(r"^[ \t]*\d+(?:[ \t]+(?:[0-9.]+|-?nan))+[ \t]*$", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
