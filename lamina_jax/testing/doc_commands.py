@@ -14,7 +14,7 @@ class Commands:
     """A fenced block of commands, for a shell of its own."""
 
     hosts: tuple[str, ...]
-    """Where it runs, e.g. ("a", "b"): on one after the other."""
+    """Where it runs, e.g. ("a", "b")."""
     script: str
     line: int
     """Of its first command in the document, from 1."""
