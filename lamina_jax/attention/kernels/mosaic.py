@@ -73,7 +73,8 @@ class MosaicKernel(XlaKernel):
             )
         if target.dtype not in ("bfloat16", "float16"):
             raise ValueError(
-                f"The attention kernel 'mosaic' needs bfloat16 or float16, got {target.dtype}; set dtype, or use attention_kernel='xla'."
+                f"The attention kernel 'mosaic' needs bfloat16 or float16, got {target.dtype}; set dtype, or use "
+                "attention_kernel='xla'."
             )
         if target.head_dim not in (64, 128, 192, 256):
             raise ValueError(
@@ -83,10 +84,10 @@ class MosaicKernel(XlaKernel):
         quantized = is_quantized(stored_dtype(target.kv_cache_dtype, target.dtype))
         least = _LEAST_QUANTIZED_PAGE if quantized else _LEAST_PAGE
         if target.page_size < least or target.page_size & (target.page_size - 1):
-            what = f"a KV cache of {target.kv_cache_dtype} " if quantized else ""
+            needed = f"needs, for a KV cache of {target.kv_cache_dtype}," if quantized else "needs"
             raise ValueError(
-                f"The attention kernel 'mosaic' needs {what and 'for ' + what}a page_size that is a power of two of at "
-                f"least {least}, got {target.page_size}; set page_size, or use attention_kernel='xla'."
+                f"The attention kernel 'mosaic' {needed} a page_size that is a power of two of at least {least}, got "
+                f"{target.page_size}; set page_size, or use attention_kernel='xla'."
             )
 
     def attend_cached(self, q, cache: PagedCache, layer, tables: StepTables, params: LayerParams) -> Partial:
