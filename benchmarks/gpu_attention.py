@@ -145,11 +145,13 @@ def _measure(name: str, kv_cache_dtype: str, batch: int, context: int, copy: flo
 
 
 def _kernel(name: str):
+    import jax
+
     from lamina_jax.attention.kernels import get_kernel
     from lamina_jax.attention.kernels.mosaic import MosaicKernel
 
     if name != "mosaic" or not _INTERPRET.value:
-        return get_kernel(name)
+        return get_kernel(name, jax.local_devices()[0])
     from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
 
     return MosaicKernel(interpret=InterpretGPUParams())

@@ -152,7 +152,7 @@ def check_quantized_append(world: World, cache: PagedCache) -> None:
 
 def test_unknown_kernel_names_the_known_ones():
     with pytest.raises(ValueError, match=r"Unknown attention kernel 'nope'.*'mosaic', 'xla'"):
-        get_kernel("nope")
+        get_kernel("nope", jax.devices()[0])
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8", "fp8"])

@@ -22,6 +22,8 @@ BLOCK = 64
 """Keys of one step of the kernel: the rows of one tensor core instruction."""
 _MOST_ROWS = 64
 """Queries of a thread block at most, if head_dim is 128; more would not fit in registers."""
+_MOST_QUANTIZED_ROWS = 56
+"""The same for a quantized cache, whose widened numbers are in registers too."""
 _MOST_SPLIT = 16384
 """Tokens of a split at most."""
 _LEAST_SPLIT = 512
@@ -58,6 +60,10 @@ class MosaicKernel(XlaKernel):
     """Tokens of context per thread block, a multiple of 64; None chooses by the shape of the step."""
     num_multiprocessors: int = 132
     """Of the device; only the choice of `split_tokens` depends on it. 132 is an H100 or H200, 78 an H20."""
+
+    @classmethod
+    def on(cls, device: Any) -> "MosaicKernel":
+        return cls(num_multiprocessors=device.core_count)
 
     def __post_init__(self) -> None:
         if self.split_tokens is not None and (self.split_tokens < BLOCK or self.split_tokens % BLOCK):
@@ -121,7 +127,8 @@ class MosaicKernel(XlaKernel):
             )
         rows = tokens * num_heads // num_kv_heads
         # The output of a tile is held in registers, twice while it is rescaled.
-        tile = min(_round_up(rows, 8), _MOST_ROWS, _MOST_ROWS * 128 // head_dim // 8 * 8)
+        most_rows = _MOST_ROWS if cache.scales is None else _MOST_QUANTIZED_ROWS
+        tile = min(_round_up(rows, 8), most_rows, most_rows * 128 // head_dim // 8 * 8)
         tiles = _cdiv(rows, tile)
         context = _round_up(tables.block_tables.shape[1] * page_size, BLOCK)
         wanted = self.split_tokens or self._split(batch * num_kv_heads * tiles, context)

@@ -38,7 +38,7 @@ from lamina_jax.attention.quantization import SCALE_DTYPE
 
 _LOG2E = math.log2(math.e)
 _SWIZZLE = 128
-"""Bytes of a row of a shared memory tile, permuted so that the tensor core reads it without bank conflicts."""
+"""Bytes of a row of a shared memory tile at most, permuted so that nobody who reads it has bank conflicts."""
 _LAYOUT = plgpu.Layout.WGMMA
 """How threads hold a matrix that a tensor core has computed or, if it is the first factor, is to multiply."""
 
@@ -68,8 +68,8 @@ def attend_splits(
     # Interpret mode multiplies what is in shared memory only.
     from_registers = _product if interpret is None else _product_in_interpret_mode
 
-    def paged_attention(*refs) -> None:  # the name that profilers show
-        _body(plan, from_registers, *refs)
+    def paged_attention(*refs, **scratch) -> None:  # the name that profilers show
+        _body(plan, from_registers, *refs, **scratch)
 
     kernel = plgpu.kernel(
         paged_attention,
@@ -88,7 +88,7 @@ def attend_splits(
         plan.fold(q),
         cache.k.reshape(pages),
         cache.v.reshape(pages),
-        () if cache.scales is None else (cache.scales.reshape(-1, 2, plan.page_size),),
+        None if cache.scales is None else cache.scales.reshape(-1, 2, plan.page_size),
         jnp.asarray(tables.block_tables, jnp.int32),
         jnp.asarray(tables.context_lens, jnp.int32),
         tuple(scalars),
@@ -102,39 +102,58 @@ class _Ring:
     slots: Any
     full: Any
     free: Any
-    scales: Any = None
-    """Of a quantized cache."""
+    scales: Any
+    """None if the cache is not quantized."""
 
 
-def _scratch(plan: Plan) -> list[Any]:
-    wide = functools.partial(_tiled, swizzle=_SWIZZLE)
-    ring = [
-        _tiled(
-            (plan.stages, BLOCK, plan.head_dim),
-            plan.stored,
-            math.gcd(_SWIZZLE, plan.head_dim * jnp.dtype(plan.stored).itemsize),
-        ),
+def _scratch(plan: Plan) -> dict[str, Any]:
+    ring = (
+        _tiled(plan.stored, plan.stages, BLOCK, plan.head_dim),
         plgpu.Barrier(num_arrivals=plan.copies * (2 if plan.is_quantized else 1), num_barriers=plan.stages),
         plgpu.Barrier(num_barriers=plan.stages),
-    ]
-    query = [wide((plan.tile, plan.head_dim), plan.dtype), plgpu.Barrier()]
-    p = wide((plan.tile, BLOCK), plan.weights_dtype)
-    if not plan.is_quantized:
-        return [ring, ring, query, p]
-    ring.append(plgpu.SMEM((plan.stages, BLOCK), SCALE_DTYPE))
-    return [ring, ring, query, p, wide((BLOCK, plan.head_dim), plan.weights_dtype)]
+        plgpu.SMEM((plan.stages, BLOCK), SCALE_DTYPE) if plan.is_quantized else None,
+    )
+    return {
+        "ring_k": ring,
+        "ring_v": ring,
+        "q_shared": _tiled(plan.dtype, plan.tile, plan.head_dim),
+        "q_ready": plgpu.Barrier(),
+        "p_shared": _tiled(plan.weights_dtype, plan.tile, BLOCK),
+        "wide": _tiled(plan.weights_dtype, BLOCK, plan.head_dim) if plan.is_quantized else None,
+    }
 
 
-def _tiled(shape: tuple[int, ...], dtype: Any, swizzle: int) -> Any:
+def _tiled(dtype: Any, *shape: int) -> Any:
     """Shared memory as tensor cores and the copy engine take it."""
-    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))  # pyright: ignore[reportAbstractUsage]
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = math.gcd(_SWIZZLE, shape[-1] * itemsize)
+    tiling = plgpu.TilingTransform((8, swizzle // itemsize))  # pyright: ignore[reportAbstractUsage]
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))  # pyright: ignore[reportAbstractUsage]
 
 
-def _body(plan: Plan, from_registers, q, k, v, scales, block_tables, context_lens, scalars, o, m, l, *scratch) -> None:  # noqa: E741
+def _body(
+    plan: Plan,
+    from_registers,
+    q,
+    k,
+    v,
+    scales,
+    block_tables,
+    context_lens,
+    scalars,
+    o,
+    m,
+    l,  # noqa: E741
+    *,
+    ring_k,
+    ring_v,
+    q_shared,
+    q_ready,
+    p_shared,
+    wide,
+) -> None:
     """What each of the two warpgroups of a thread block does."""
-    ring_k, ring_v = _Ring(*scratch[0]), _Ring(*scratch[1])
-    (q_shared, q_ready), p_shared, wide = *scratch[2:4], scratch[4] if plan.is_quantized else None
+    ring_k, ring_v = _Ring(*ring_k), _Ring(*ring_v)
     split, head, sequence = (lax.axis_index(name) for name in ("split", "head", "sequence"))
     layer, scale, window = (ref[0] for ref in scalars[:3])
     soft_cap = scalars[3][0] if len(scalars) > 3 else None
@@ -144,7 +163,8 @@ def _body(plan: Plan, from_registers, q, k, v, scales, block_tables, context_len
     def _load() -> None:
         kv_head = lax.div(head, jnp.int32(plan.tiles))
         index = lambda page: (layer * plan.num_pages + page) * plan.num_kv_heads + kv_head  # noqa: E731
-        sources = [_Source(k, ring_k, *(x.at[:, 0] for x in scales)), _Source(v, ring_v, *(x.at[:, 1] for x in scales))]
+        of_k, of_v = (None, None) if scales is None else (scales.at[:, 0], scales.at[:, 1])
+        sources = [_Source(k, of_k, ring_k), _Source(v, of_v, ring_v)]
         _load_pages(plan, work, lambda page: index(block_tables[sequence, page]), sources)
 
     @pl.when(lax.axis_index("warpgroup") == 1)
@@ -193,11 +213,11 @@ class _Work:
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """Pages in the cache, by row, and where they go."""
+    """Pages in the cache, by row, with their scales, if they have some, and where they go."""
 
     pages: Any
+    scales: Any
     ring: _Ring
-    scales: Any = None
 
 
 def _load_pages(plan: Plan, work: _Work, find, sources: list[_Source]) -> None:
