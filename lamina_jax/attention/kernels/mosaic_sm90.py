@@ -279,13 +279,12 @@ def _scores(plan: Plan, from_registers, q, ring: _Ring, slot) -> Array:
     """The products of the keys of a slot and the queries, [keys, queries]; frees the slot."""
     plgpu.barrier_wait(ring.full.at[slot])
     if plan.is_quantized:
-        parts = [
-            from_registers(
-                plgpu.layout_cast(_widened(ring.slots.at[slot, :, columns], plan.dtype), _LAYOUT), q.at[:, columns].T
-            )
-            for columns in _columns(plan)
-        ]
-        scores = functools.reduce(operator.add, parts)
+
+        def part(columns) -> Array:
+            keys = plgpu.layout_cast(_widened(ring.slots.at[slot, :, columns], plan.dtype), _LAYOUT)
+            return from_registers(keys, q.at[:, columns].T)
+
+        scores = functools.reduce(operator.add, map(part, _columns(plan)))
         scores = scores * _along_columns(ring.scales.at[slot], scores)
     else:
         scores = _product(ring.slots.at[slot], q.T)
