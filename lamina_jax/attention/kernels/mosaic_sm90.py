@@ -286,6 +286,8 @@ def _scores(plan: Plan, from_registers, q, ring: _Ring, slot) -> Array:
 
         scores = functools.reduce(operator.add, map(part, _columns(plan)))
         scores = scores * _along_columns(ring.scales.at[slot], scores)
+        # The copy engine may write over only what it can see has been read; what the tensor core reads, it sees.
+        plgpu.commit_smem()
     else:
         scores = _product(ring.slots.at[slot], q.T)
     plgpu.barrier_arrive(ring.free.at[slot])
