@@ -16,7 +16,7 @@ GPU_WHEELS := .gpu-wheels
 GPU_PLATFORMS := $(foreach n,5 12 17 24 26 27 28 31 34 35 38 39,--platform manylinux_2_$(n)_x86_64) \
 	--platform manylinux1_x86_64 --platform manylinux2010_x86_64 --platform manylinux2014_x86_64
 
-.PHONY: run test aot lint bench gpu-wheels gpu-test gpu-bench format clean
+.PHONY: run test aot rdma rdma-test lint bench gpu-wheels gpu-test gpu-bench format clean
 
 run: $(TINY)/config.json
 	$(BIN)/python scripts/generate.py --model=$(TINY) --num_attention_workers=2 --dtype=float32 --max_tokens=48 --temperature=0.6 \
@@ -24,9 +24,19 @@ run: $(TINY)/config.json
 
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest -q -n 2
+ifdef CI
+	$(MAKE) rdma-test
+endif
 
 aot: $(AOT_INSTALLED)
 	$(AOT)/bin/python scripts/aot_check.py --targets=h100,h20 --model=configs/models/llama3_70b.json --dop=2,4
+
+# Installs Debian packages that are missing, if root runs it.
+rdma: $(INSTALLED)
+	$(BIN)/python scripts/build_pyverbs.py
+
+rdma-test: rdma
+	$(BIN)/python scripts/rdma_test.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -57,7 +67,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(AOT) $(GPU_WHEELS) build checkpoints
+	rm -rf $(VENV) $(AOT) $(GPU_WHEELS) .rdma build checkpoints
 
 $(TINY)/config.json: $(INSTALLED)
 	$(BIN)/python scripts/make_tiny_checkpoint.py --output=$(TINY) --train_seconds=60

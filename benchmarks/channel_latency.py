@@ -1,8 +1,8 @@
-"""Round trips through a pair of shm channels inside one jitted program, against a raw C++ ping-pong.
+"""Round trips through a pair of channels inside one jitted program, against a raw C++ ping-pong.
 
 Both sides run one compiled loop; this one sends and receives, the peer receives and sends back. The raw floor moves the
-same bytes through rings of the same layout. The two alternate, so that a busy moment of the machine hits both, and each
-side has a core to itself.
+same bytes through rings of the same layout, or with --kind=tcp through a connection of this host. The two alternate, so
+that a busy moment of the machine hits both, and each side has a core to itself.
 """
 
 import json
@@ -18,9 +18,11 @@ import jax
 import jax.numpy as jnp
 import msgspec
 from absl import app, flags
+from ping_pong import make_ping, make_pong, spec
 
-from lamina_jax.transport import Channel, ChannelAddress, MessageSpec, ShmChannel, Tag, make_stamp, recv, send
+from lamina_jax.transport import ChannelAddress, MessageSpec, Tag, attach, channel_class
 
+_KIND = flags.DEFINE_enum("kind", "shm", ["shm", "tcp"], "The kind of channel.")
 _SIZES = flags.DEFINE_list("sizes", ["2048", "32768", "262144", "1048576"], "Bytes of one message.")
 _REPEATS = flags.DEFINE_integer("repeats", 15, "Measurements of each kind, interleaved.")
 _SECONDS = flags.DEFINE_float("seconds", 0.05, "Aim of one measurement, in seconds.")
@@ -29,7 +31,11 @@ _SPIN_US = flags.DEFINE_float("spin_us", None, "How long a wait polls before it 
 _JSON = flags.DEFINE_string("json", None, "Also write the numbers to this file.")
 _PEER = flags.DEFINE_bool("peer", False, "Used by the benchmark itself: be the other side.")
 
-_EXPECTED_US = {2048: 1.0, 32768: 3.0, 262144: 15.0, 1048576: 60.0}
+_EXPECTED_US = {
+    "shm": {2048: 1.0, 32768: 3.0, 262144: 15.0, 1048576: 60.0},
+    "tcp": {2048: 40.0, 32768: 60.0, 262144: 250.0, 1048576: 1000.0},
+}
+_RAW = {"shm": "raw_ping_pong", "tcp": "raw_tcp_ping_pong"}
 _ALLOWED = os.sched_getaffinity(0)
 _HERE = pathlib.Path(__file__).resolve().parent
 
@@ -45,8 +51,11 @@ class Order(msgspec.Struct):
     core: int
 
 
-def spec(num_bytes: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((num_bytes // 4,), jnp.float32)
+class Answers(msgspec.Struct):
+    """What the peer's ends have to say to those here."""
+
+    there: ChannelAddress | None
+    back: ChannelAddress | None
 
 
 def cores() -> tuple[int, int]:
@@ -65,36 +74,15 @@ def spin() -> dict[str, float]:
     return {} if _SPIN_US.value is None else {"spin_us": _SPIN_US.value}
 
 
-def make_ping(tx: Channel, rx: Channel, rounds: int):
-    """A compiled loop of `rounds` round trips. float32[n] -> float32[n]"""
-
-    def body(_, carry):
-        stamp, x = carry
-        stamp = send([tx], stamp, [x], tag=Tag.Q)
-        (x,), stamp = recv([rx], stamp, [jax.ShapeDtypeStruct(x.shape, x.dtype)], tag=Tag.ATTENDED)
-        return stamp, x
-
-    return jax.jit(lambda x: jax.lax.fori_loop(0, rounds, body, (make_stamp(0), x))[1], donate_argnums=0)
-
-
-def make_pong(rx: Channel, tx: Channel, num_bytes: int, rounds: int):
-    """A compiled loop that echoes `rounds` messages."""
-
-    def body(_, stamp):
-        (x,), stamp = recv([rx], stamp, [spec(num_bytes)], tag=Tag.Q)
-        return send([tx], stamp, [x], tag=Tag.ATTENDED)
-
-    return jax.jit(lambda: jax.lax.fori_loop(0, rounds, body, make_stamp(0)))
-
-
 def run_peer() -> None:
     for line in sys.stdin:
         order = msgspec.json.decode(line, type=Order)
         pin(order.core)
         with (
-            ShmChannel.attach(order.there, role="reader", peer="benchmark", **spin()) as rx,
-            ShmChannel.attach(order.back, role="writer", peer="benchmark", **spin()) as tx,
+            attach(order.there, role="reader", peer="benchmark", **spin()) as rx,
+            attach(order.back, role="writer", peer="benchmark", **spin()) as tx,
         ):
+            print(msgspec.json.encode(Answers(rx.answer, tx.answer)).decode(), flush=True)
             pong = make_pong(rx, tx, order.num_bytes, order.rounds).lower().compile()
             for _ in range(order.runs):
                 print("ready", flush=True)
@@ -103,8 +91,8 @@ def run_peer() -> None:
 
 
 def build_raw(folder: str) -> str:
-    program = f"{folder}/raw_ping_pong"
-    source = _HERE / "raw_ping_pong.cc"
+    program = f"{folder}/raw"
+    source = _HERE / f"{_RAW[_KIND.value]}.cc"
     include = _HERE.parent / "custom_calls"
     subprocess.run(["g++", "-std=c++17", "-O3", f"-I{include}", str(source), "-o", program], check=True)
     return program
@@ -119,13 +107,17 @@ def measure(peer: subprocess.Popen, raw_program: str, num_bytes: int) -> dict[st
     """Microseconds per round trip, `repeats` times each way."""
     assert peer.stdin is not None
     assert peer.stdout is not None
-    rounds = max(20, int(_SECONDS.value * 1e6 / _EXPECTED_US.get(num_bytes, num_bytes / 2e4)))
+    rounds = max(20, int(_SECONDS.value * 1e6 / _EXPECTED_US[_KIND.value].get(num_bytes, num_bytes / 2e4)))
     messages = [MessageSpec(Tag.Q, (spec(num_bytes),)), MessageSpec(Tag.ATTENDED, (spec(num_bytes),))]
     ends = {"peer": "echo", "messages": messages, "num_slots": _NUM_SLOTS.value, **spin()}
     jitted, raw = [], []
-    with ShmChannel.create(role="writer", **ends) as tx, ShmChannel.create(role="reader", **ends) as rx:
+    kind = channel_class(_KIND.value)
+    with kind.create(role="writer", **ends) as tx, kind.create(role="reader", **ends) as rx:
         order = Order(tx.address, rx.address, num_bytes, rounds, _REPEATS.value + 1, cores()[1])
         print(msgspec.json.encode(order).decode(), file=peer.stdin, flush=True)
+        answers = msgspec.json.decode(peer.stdout.readline(), type=Answers)
+        tx.connect(answers.there)
+        rx.connect(answers.back)
         x = jnp.ones(num_bytes // 4, jnp.float32)
         ping = make_ping(tx, rx, rounds).lower(x).compile()
         for _ in range(_REPEATS.value + 1):

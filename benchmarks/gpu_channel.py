@@ -168,7 +168,12 @@ def measure_kind(kind: str) -> Iterator[Row]:
 def build_raw(folder: str) -> str:
     calls = _ROOT / "custom_calls"
     sources = [_ROOT / "benchmarks" / "raw_gpu_channel.cu", calls / "cuda" / "kernels.cu"]
-    sources += [calls / "cuda" / "device_end.cc", calls / "shm_channel.cc", calls / "wording.cc"]
+    sources += [
+        calls / "cuda" / "device_end.cc",
+        calls / "channel_end.cc",
+        calls / "shm_channel.cc",
+        calls / "wording.cc",
+    ]
     flags = ["-std=c++17", "--expt-relaxed-constexpr", "-O2", "-arch=sm_90", "-cudart=static"]
     flags += [f"-I{calls}", f"-I{calls / 'cuda'}", "-lpthread", "-ldl", "-lrt"]
     program = os.path.join(folder, "raw_gpu_channel")

@@ -5,9 +5,9 @@
 #include <memory>
 #include <string>
 
+#include "channel_end.h"
 #include "ffi_error.h"
 #include "registry.h"
-#include "shm_channel.h"
 #include "timeline.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -22,7 +22,7 @@ using ChannelIds = ffi::Span<const std::int64_t>;  // by device, then by batch
 // The channel of the message's batch among those that this device uses. A program may run on several devices; it then
 // names the channels of all of them. Numbers are not used twice: one that is not there was closed.
 ffi::Error Choose(ChannelIds channels, std::int32_t device, Role role, const Message& message,
-                  std::shared_ptr<ShmChannel>* channel, std::int64_t* id) {
+                  std::shared_ptr<ChannelEnd>* channel, std::int64_t* id) {
   std::int32_t batches = 0;
   for (const std::int64_t candidate : channels) {
     Registered found = FindChannel(candidate);
@@ -69,7 +69,7 @@ ffi::Error Send(std::int32_t device, ChannelIds channels, std::int32_t tag, Stam
                 ffi::Result<Stamp> stamp_out) {
   CallTimer timer;
   const Message message = Describe(tag, stamp, tensors);
-  std::shared_ptr<ShmChannel> channel;
+  std::shared_ptr<ChannelEnd> channel;
   std::int64_t id = 0;
   if (ffi::Error error = Choose(channels, device, Role::kWriter, message, &channel, &id); error.failure()) return error;
   char* payload = nullptr;
@@ -80,7 +80,7 @@ ffi::Error Send(std::int32_t device, ChannelIds channels, std::int32_t tag, Stam
     Copy(payload, tensor.untyped_data(), tensor.size_bytes());
     payload += AlignToLine(tensor.size_bytes());
   }
-  channel->Publish();
+  if (Status status = channel->Publish(); !status.ok()) return ToError(std::move(status));
   timer.End(Role::kWriter, id, message);
   CopyStamp(stamp, stamp_out);
   return ffi::Error::Success();
@@ -90,7 +90,7 @@ ffi::Error Recv(std::int32_t device, ChannelIds channels, std::int32_t tag, Stam
                 ffi::RemainingRets tensors) {
   CallTimer timer;
   const Message expected = Describe(tag, stamp, tensors);
-  std::shared_ptr<ShmChannel> channel;
+  std::shared_ptr<ChannelEnd> channel;
   std::int64_t id = 0;
   if (ffi::Error error = Choose(channels, device, Role::kReader, expected, &channel, &id); error.failure()) return error;
   const char* payload = nullptr;
@@ -101,7 +101,7 @@ ffi::Error Recv(std::int32_t device, ChannelIds channels, std::int32_t tag, Stam
     Copy(tensor.untyped_data(), payload, tensor.size_bytes());
     payload += AlignToLine(tensor.size_bytes());
   }
-  channel->Release();
+  if (Status status = channel->Release(); !status.ok()) return ToError(std::move(status));
   timer.End(Role::kReader, id, expected);
   CopyStamp(stamp, stamp_out);
   return ffi::Error::Success();

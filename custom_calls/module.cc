@@ -3,6 +3,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
 
 #include <cerrno>
 #include <memory>
@@ -10,89 +11,40 @@
 #include <system_error>
 
 #include "ffi_handlers.h"
+#include "handle.h"
+#include "ping_pong.h"
 #include "registry.h"
 #include "shm_channel.h"
+#include "tcp_module.h"
 #include "timeline.h"
+#ifdef LAMINA_VERBS
+#include "verbs_module.h"
+#endif
 
 namespace nb = nanobind;
 
 namespace lamina {
 namespace {
 
-// What Python holds of a channel: the registry entry, which close() gives up.
-class Handle {
- public:
-  Handle(std::shared_ptr<ShmChannel> channel, std::int32_t device)
-      : channel_(std::move(channel)), id_(RegisterChannel({channel_, device})) {}
-  ~Handle() { Close(); }
-  Handle(const Handle&) = delete;
-  Handle& operator=(const Handle&) = delete;
-
-  std::int64_t id() const { return id_; }
-
-  // A null pointer once closed. Taken under a lock, because abort() and close() may come from two threads.
-  std::shared_ptr<ShmChannel> channel() const {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return channel_;
-  }
-
-  void Abort() {
-    if (const auto open = channel()) open->Abort();
-  }
-
-  void Close() {
-    std::shared_ptr<ShmChannel> last;
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      last = std::move(channel_);
-    }
-    if (last == nullptr) return;
-    failure_ = last->failure();
-    last->Close();
-    UnregisterChannel(id_);
-  }
-
-  std::optional<std::string> failure() const {
-    const auto open = channel();
-    return open ? open->failure() : failure_;
-  }
-
- private:
-  mutable std::mutex mutex_;
-  std::shared_ptr<ShmChannel> channel_;
-  const std::int64_t id_;
-  std::optional<std::string> failure_;
-};
+using ShmHandle = HandleOf<ShmChannel>;
 
 EndOptions Options(bool writer, std::string peer, double timeout_s, double spin_us, bool polled = false) {
   return {writer ? Role::kWriter : Role::kReader, std::move(peer), timeout_s, spin_us, polled};
 }
 
-std::unique_ptr<Handle> Create(bool writer, std::string peer, std::uint32_t num_slots, std::uint64_t slot_bytes,
+std::unique_ptr<ShmHandle> Create(bool writer, std::string peer, std::uint32_t num_slots, std::uint64_t slot_bytes,
                                double timeout_s, double spin_us, bool polled, std::int32_t device) {
-  return std::make_unique<Handle>(
+  return std::make_unique<ShmHandle>(
       ShmChannel::Create(Options(writer, std::move(peer), timeout_s, spin_us, polled), num_slots, slot_bytes), device);
 }
 
-std::unique_ptr<Handle> Attach(bool writer, std::string peer, const std::string& path, std::uint32_t num_slots,
+std::unique_ptr<ShmHandle> Attach(bool writer, std::string peer, const std::string& path, std::uint32_t num_slots,
                                std::uint64_t slot_bytes, double timeout_s, double spin_us) {
-  return std::make_unique<Handle>(
-      ShmChannel::Attach(Options(writer, std::move(peer), timeout_s, spin_us), path, num_slots, slot_bytes),
-      kAnyDevice);
+  return std::make_unique<ShmHandle>(
+      ShmChannel::Attach(Options(writer, std::move(peer), timeout_s, spin_us), path, num_slots, slot_bytes));
 }
 
-std::string Path(const Handle& handle) {
-  const auto open = handle.channel();
-  if (open == nullptr) throw nb::value_error("the channel is closed and has no address any more");
-  return open->path();
-}
-
-std::uint32_t PeerPid(const Handle& handle) {
-  const auto open = handle.channel();
-  return open ? open->peer_pid() : 0;
-}
-
-bool Closed(const Handle& handle) { return handle.channel() == nullptr; }
+std::string Path(const ShmHandle& handle) { return handle.end()->path(); }
 
 void TranslateSystemError(const std::exception_ptr& pointer, void*) {
   try {
@@ -127,19 +79,31 @@ NB_MODULE(_custom_calls, module) {
   nb::register_exception_translator(TranslateSystemError);
   const nb::call_guard<nb::gil_scoped_release> no_gil;
 
-  nb::class_<Handle>(module, "ShmHandle")
+  nb::class_<Handle>(module, "ChannelHandle")
+      .def("abort", &Handle::Abort, no_gil)
+      .def("close", &Handle::Close, no_gil)
+      .def_prop_ro("id", &Handle::id)
+      .def_prop_ro("peer_pid", &Handle::peer_pid)
+      .def_prop_ro("closed", &Handle::closed)
+      .def_prop_ro("failure", &Handle::failure);
+
+  nb::class_<ShmHandle, Handle>(module, "ShmHandle")
       .def_static("create", &Create, nb::arg("writer"), nb::arg("peer"), nb::arg("num_slots"), nb::arg("slot_bytes"),
                   nb::arg("timeout_s"), nb::arg("spin_us"), nb::arg("polled") = false, nb::arg("device") = kAnyDevice,
                   no_gil)
       .def_static("attach", &Attach, nb::arg("writer"), nb::arg("peer"), nb::arg("path"), nb::arg("num_slots"),
                   nb::arg("slot_bytes"), nb::arg("timeout_s"), nb::arg("spin_us"), no_gil)
-      .def("abort", &Handle::Abort, no_gil)
-      .def("close", &Handle::Close, no_gil)
-      .def_prop_ro("id", &Handle::id)
-      .def_prop_ro("path", &Path)
-      .def_prop_ro("peer_pid", &PeerPid)
-      .def_prop_ro("closed", &Closed)
-      .def_prop_ro("failure", &Handle::failure);
+      .def_prop_ro("path", &Path);
+
+  BindTcp(module);
+#ifdef LAMINA_VERBS
+  BindVerbs(module);
+#endif
+
+  module.def("ping_pong", [](std::int64_t outbox, std::int64_t inbox, std::uint64_t num_bytes, std::uint32_t count,
+                             bool first) { return Play({outbox, inbox, num_bytes, count, first}); },
+             nb::arg("outbox"), nb::arg("inbox"), nb::arg("num_bytes"), nb::arg("count"), nb::arg("first"), no_gil);
+  module.def("stream", &Stream, nb::arg("channel"), nb::arg("num_bytes"), nb::arg("count"), no_gil);
 
   module.attr("ANY_DEVICE") = kAnyDevice;
   module.def("name_tag", &NameTag, nb::arg("tag"), nb::arg("name"));

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <memory>
 
-#include "shm_channel.h"
+#include "channel_end.h"
 
 namespace lamina {
 
@@ -12,7 +12,7 @@ namespace lamina {
 inline constexpr std::int32_t kAnyDevice = -1;
 
 struct Registered {
-  std::shared_ptr<ShmChannel> channel;  // null if there is no such channel (any more)
+  std::shared_ptr<ChannelEnd> channel;  // null if there is no such channel (any more)
   std::int32_t device = kAnyDevice;     // ordinal of the one device whose programs use it
 };
 

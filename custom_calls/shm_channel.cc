@@ -1,9 +1,7 @@
 #include "shm_channel.h"
 
 #include <fcntl.h>
-#include <linux/futex.h>
 #include <poll.h>
-#include <sched.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
@@ -12,57 +10,24 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <climits>
-#include <ctime>
 #include <new>
 #include <stdexcept>
-#include <system_error>
+
+#include "system.h"
 
 namespace lamina {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
-// How often a sleeper looks whether its peer still lives.
-constexpr std::chrono::nanoseconds kSlice = std::chrono::milliseconds(100);
-// How long a spin keeps its core to itself.
-constexpr std::chrono::microseconds kPolite{4};
 // How long a sleep is on a ring whose other end may be a GPU.
-constexpr std::chrono::nanoseconds kShortestNap = std::chrono::microseconds(5);
-constexpr std::chrono::nanoseconds kLongestNap = std::chrono::microseconds(200);
+constexpr Nanoseconds kShortestNap = std::chrono::microseconds(5);
+constexpr Nanoseconds kLongestNap = std::chrono::microseconds(200);
 constexpr char kDirectory[] = "/dev/shm";
-
-[[noreturn]] void ThrowErrno(int error, const std::string& what) {
-  throw std::system_error(error, std::generic_category(), what);
-}
-
-void CpuRelax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
-// Not FUTEX_PRIVATE: the word is shared between processes.
-void FutexWait(std::atomic<std::uint32_t>& word, std::uint32_t seen, std::chrono::nanoseconds limit) {
-  const timespec wait{static_cast<time_t>(limit.count() / 1000000000), static_cast<long>(limit.count() % 1000000000)};
-  syscall(SYS_futex, &word, FUTEX_WAIT, seen, &wait, nullptr, 0);
-}
-
-void FutexWake(std::atomic<std::uint32_t>& word) {
-  syscall(SYS_futex, &word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
-}
 
 // Linux adds up to 50 us to every sleep of a thread, to save power. Here it may add 1 us.
 void WakeInTime() {
   static thread_local bool done = false;
   if (!done) prctl(PR_SET_TIMERSLACK, 1000);
   done = true;
-}
-
-std::chrono::nanoseconds Nanoseconds(double seconds) {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::duration<double>(seconds));
 }
 
 std::string RoleName(Role role) { return role == Role::kWriter ? "writer" : "reader"; }
@@ -124,12 +89,9 @@ Mapping::~Mapping() {
 
 ShmChannel::ShmChannel(EndOptions options, std::unique_ptr<Mapping> mapping, std::uint32_t num_slots,
                        std::uint64_t slot_bytes)
-    : options_(std::move(options)),
+    : ChannelEnd(std::move(options), mapping->data() + sizeof(RingHeader), num_slots, slot_bytes),
       mapping_(std::move(mapping)),
-      ring_(reinterpret_cast<RingHeader*>(mapping_->data())),
-      slots_(mapping_->data() + sizeof(RingHeader)),
-      num_slots_(num_slots),
-      slot_bytes_(slot_bytes) {}
+      ring_(reinterpret_cast<RingHeader*>(mapping_->data())) {}
 
 ShmChannel::~ShmChannel() {
   Close();
@@ -171,40 +133,14 @@ std::shared_ptr<ShmChannel> ShmChannel::Attach(EndOptions options, const std::st
   return std::shared_ptr<ShmChannel>(new ShmChannel(std::move(options), std::move(mapping), num_slots, slot_bytes));
 }
 
-Status ShmChannel::Reserve(const Message& message, char** payload) {
-  if (Status status = Begin(message); !status.ok()) return status;
-  if (message.payload_bytes > slot_bytes_) {
-    return Fail(message, Code::kFailedPrecondition, TooLarge(message.payload_bytes, slot_bytes_));
-  }
-  if (Status status = AwaitReady(message); !status.ok()) return status;
-  SlotHeader* const slot = Slot();
-  slot->message = message;
-  *payload = reinterpret_cast<char*>(slot + 1);
-  return {};
-}
-
-void ShmChannel::Publish() { Advance(Slot()->published); }
-
-Status ShmChannel::Peek(const Message& expected, const char** payload) {
-  if (Status status = Begin(expected); !status.ok()) return status;
-  if (Status status = AwaitReady(expected); !status.ok()) return status;
-  const SlotHeader* const slot = Slot();
-  const std::uint64_t published = slot->published.load(std::memory_order_relaxed);
-  const std::string difference =
-      published == next_ + 1 ? Difference(expected, slot->message) : Mismatch("sequence", next_, published - 1);
-  if (!difference.empty()) return Fail(expected, Code::kFailedPrecondition, difference);
-  *payload = reinterpret_cast<const char*>(slot + 1);
-  return {};
-}
-
-void ShmChannel::Release() { Advance(ring_->read_seq); }
-
 // seq_cst, so that either the peer sees the new sequence before it sleeps or we see that it waits.
-void ShmChannel::Advance(std::atomic<std::uint64_t>& sequence) {
-  sequence.store(++next_, std::memory_order_seq_cst);
+Status ShmChannel::Advance(const Message&) {
+  std::atomic<std::uint64_t>& sequence =
+      options_.role == Role::kWriter ? Slot(next())->published : ring_->read_seq;
+  sequence.store(next() + 1, std::memory_order_seq_cst);
   const Role peer = PeerRole();
   if (ring_->sleep[static_cast<int>(peer)].waiting.load(std::memory_order_seq_cst) != 0) Wake(peer);
-  busy_.store(false, std::memory_order_release);
+  return {};
 }
 
 void ShmChannel::Wake(Role role) {
@@ -213,90 +149,40 @@ void ShmChannel::Wake(Role role) {
   FutexWake(sleep.wakeups);
 }
 
-Status ShmChannel::Begin(const Message& message) {
-  if (busy_.exchange(true, std::memory_order_acquire)) {
-    return Fail(message, Code::kFailedPrecondition, "another program is using this end of the channel");
-  }
-  if (failed_.load(std::memory_order_acquire)) return FailedEarlier();
-  return CheckStop(message);
-}
-
-// The reader: is there anything newer in the slot than what it held one round ago? The writer: is the slot free?
+// The reader: is there anything newer in the slot than what it held one round ago?
 bool ShmChannel::Ready() {
   if (options_.role == Role::kReader) {
-    const std::uint64_t before = next_ < num_slots_ ? 0 : next_ - num_slots_ + 1;
-    return Slot()->published.load(std::memory_order_seq_cst) != before;
+    const std::uint64_t before = next() < num_slots() ? 0 : next() - num_slots() + 1;
+    return Slot(next())->published.load(std::memory_order_seq_cst) != before;
   }
-  if (next_ < read_seen_ + num_slots_) return true;
+  if (next() < read_seen_ + num_slots()) return true;
   read_seen_ = ring_->read_seq.load(std::memory_order_seq_cst);
-  return next_ < read_seen_ + num_slots_;
+  return next() < read_seen_ + num_slots();
 }
 
-Status ShmChannel::AwaitReady(const Message& message) {
-  if (Ready() || SpinUntilReady()) return {};
-  return SleepUntilReady(message);
-}
+std::uint32_t ShmChannel::stop() { return ring_->stop.load(std::memory_order_seq_cst); }
 
-// Polls flat out for a moment, in case the peer runs on another core; then lets others run between looks, in case it
-// waits for this one. The clock costs more than a poll: look at it rarely.
-bool ShmChannel::SpinUntilReady() {
-  const auto start = Clock::now();
-  const auto end = start + Nanoseconds(options_.spin_us * 1e-6);
-  for (auto now = start; now < end; now = Clock::now()) {
-    if (now - start > kPolite) sched_yield();
-    for (int i = 0; i < 32; ++i) {
-      if (Ready()) return true;
-      CpuRelax();
-    }
-  }
-  return false;
-}
+std::string ShmChannel::PeerLoss() { return PeerDied() ? kPeerDied : ""; }
 
-Status ShmChannel::SleepUntilReady(const Message& message) {
+void ShmChannel::BeginDoze() {
   SleepWord& sleep = ring_->sleep[static_cast<int>(options_.role)];
-  const auto start = Clock::now();
-  const auto deadline = start + Nanoseconds(options_.timeout_s);
-  while (true) {
-    const std::uint32_t seen = sleep.wakeups.load(std::memory_order_seq_cst);
-    sleep.waiting.store(1, std::memory_order_seq_cst);
-    if (Ready()) break;
-    if (Status status = CheckStop(message); !status.ok()) return status;
-    // Look at the ring once more after the peer was found dead: its last message may have come in between.
-    if (PeerDied()) {
-      if (Ready()) break;
-      return Fail(message, Code::kUnavailable, kPeerDied);
-    }
-    const auto now = Clock::now();
-    const auto left = deadline - now;
-    if (left <= left.zero()) {
-      return Fail(message, Code::kDeadlineExceeded, TimeoutReason(options_.role, options_.timeout_s) + kPeerLives);
-    }
-    Doze(seen, now - start, left);
-  }
-  sleep.waiting.store(0, std::memory_order_relaxed);
-  return {};
+  wakeups_seen_ = sleep.wakeups.load(std::memory_order_seq_cst);
+  sleep.waiting.store(1, std::memory_order_seq_cst);
+}
+
+void ShmChannel::EndDoze() {
+  ring_->sleep[static_cast<int>(options_.role)].waiting.store(0, std::memory_order_relaxed);
 }
 
 // Where a GPU may be at the other end, which wakes nobody, the sleep is short at first and grows with what was waited
 // already, so that looking costs little time and little of a core.
-void ShmChannel::Doze(std::uint32_t wakeups_seen, std::chrono::nanoseconds waited, std::chrono::nanoseconds left) {
-  std::chrono::nanoseconds longest = kSlice;
+void ShmChannel::Doze(Nanoseconds waited, Nanoseconds left) {
+  Nanoseconds longest = kSlice;
   if (ring_->polled) {
     WakeInTime();
     longest = std::clamp(waited / 8, kShortestNap, kLongestNap);
   }
-  FutexWait(ring_->sleep[static_cast<int>(options_.role)].wakeups, wakeups_seen, std::min(longest, left));
-}
-
-Status ShmChannel::CheckStop(const Message& message) {
-  const std::uint32_t stop = ring_->stop.load(std::memory_order_seq_cst);
-  if (stop == 0) return {};
-  const Role mine = options_.role, peer = PeerRole();
-  if (stop & ClosedBit(mine)) return Fail(message, Code::kAborted, kSelfClosed);
-  if (stop & AbortedBit(mine)) return Fail(message, Code::kAborted, kSelfAborted);
-  if (stop & AbortedBit(peer)) return Fail(message, Code::kAborted, kPeerAborted);
-  if (!(stop & ClosedBit(peer)) || (mine == Role::kReader && Ready())) return {};
-  return Fail(message, Code::kUnavailable, kPeerClosed);
+  FutexWait(ring_->sleep[static_cast<int>(options_.role)].wakeups, wakeups_seen_, std::min(longest, left));
 }
 
 bool ShmChannel::PeerDied() {
@@ -321,27 +207,6 @@ void ShmChannel::Stop(std::uint32_t reason) {
   ring_->stop.fetch_or(reason, std::memory_order_seq_cst);
   Wake(Role::kWriter);
   Wake(Role::kReader);
-}
-
-Status ShmChannel::Fail(const Message& message, Code code, const std::string& why) {
-  std::string text = FailureText(options_.role, message, PeerName(options_.peer, peer_pid()), why);
-  {
-    const std::lock_guard<std::mutex> lock(failure_mutex_);
-    if (failure_.ok()) failure_ = Status{code, std::move(text)};
-  }
-  failed_.store(true, std::memory_order_release);
-  Abort();
-  return FailedEarlier();
-}
-
-Status ShmChannel::FailedEarlier() const {
-  const std::lock_guard<std::mutex> lock(failure_mutex_);
-  return failure_;
-}
-
-std::optional<std::string> ShmChannel::failure() const {
-  const Status status = FailedEarlier();
-  return status.ok() ? std::nullopt : std::make_optional(status.text);
 }
 
 std::uint32_t ShmChannel::peer_pid() const {

@@ -39,8 +39,9 @@ std::string OperationName(Role role, const Message& message) {
   return OperationName(role, message.tag) + " " + StampText(message);
 }
 
-std::string PeerName(const std::string& peer, std::uint32_t pid) {
-  return peer + (pid == 0 ? " (not attached yet)" : " (pid " + std::to_string(pid) + ")");
+std::string PeerName(const std::string& peer, std::uint32_t pid, const std::string& other_host) {
+  if (pid == 0) return peer + " (not attached yet)";
+  return peer + " (pid " + std::to_string(pid) + (other_host.empty() ? "" : " on " + other_host) + ")";
 }
 
 std::string FailureText(Role role, const Message& message, const std::string& peer, const std::string& why) {

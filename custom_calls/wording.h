@@ -24,8 +24,8 @@ void NameTag(std::int32_t tag, std::string name);
 std::string OperationName(Role role, const Message& message);
 std::string OperationName(Role role, std::int32_t tag);
 
-// The other end, as errors call it: "attention worker 1 (pid 4711)".
-std::string PeerName(const std::string& peer, std::uint32_t pid);
+// The other end, as errors call it: "attention worker 1 (pid 4711)", or "(pid 4711 on hostb)" if it is on another host.
+std::string PeerName(const std::string& peer, std::uint32_t pid, const std::string& other_host = "");
 
 // "<operation> to <peer> failed: <why>", or "from" for a recv.
 std::string FailureText(Role role, const Message& message, const std::string& peer, const std::string& why);

@@ -72,12 +72,17 @@ LAMINA_DEVICE void TellPeer(const End& end, std::uint64_t stop) {
   PostOf(end, &write, 1, NowNs() + kTellPeerNs);
 }
 
-// The host of this side stops the end: the peer learns of it. A closed end is shut to kernels that start from now on, and
-// its memory may go once the NIC has delivered what was sent; what went by the CPU proxy the host waits for.
-LAMINA_DEVICE void StopEnd(End& end, std::uint64_t stop) {
-  if (stop == kStopClosed) StoreRelaxedSystem(&end.id, std::uint64_t{0});
-  TellPeer(end, stop);
-  if (stop == kStopClosed && end.use_proxy == 0) Drain(end.queue, NowNs() + kDrainNs);
+// The host of this side has aborted the end: the peer learns of it.
+LAMINA_DEVICE void AbortEnd(const End& end) { TellPeer(end, kStopAborted); }
+
+// The host of this side closes the end: it is shut to kernels that start from now on, and its memory may go once the NIC
+// has delivered what was sent; what went by the CPU proxy the host waits for. Where all had ended before by an abort or a
+// failure, the peer keeps that word.
+LAMINA_DEVICE void CloseEnd(End& end) {
+  StoreRelaxedSystem(&end.id, std::uint64_t{0});
+  const bool aborted = LoadAcquireSystem(end.stop) == kStopAborted || LoadRelaxedSystem(&end.failed) != 0;
+  TellPeer(end, aborted ? kStopAborted : kStopClosed);
+  if (end.use_proxy == 0) Drain(end.queue, NowNs() + kDrainNs);
 }
 
 // Puts a failure on record, unless there is one already, and makes the peer fail too. Returns false, as callers do who
@@ -114,6 +119,19 @@ LAMINA_DEVICE Stop CurrentStop(const End& end) {
 }
 
 LAMINA_DEVICE bool Broken(End& end) { return QueueErrorOf(end) != kOk; }
+
+// Gives the writer the credit that it has.
+LAMINA_DEVICE Write CreditWrite(const End& end) {
+  return WriteValue(end.peer_region + offsetof(RegionHeader, credit), end.peer_rkey, end.credited);
+}
+
+// Who waits sends nothing, and a NIC that sends nothing does not learn that the peer is gone. So it says again what the
+// peer knows: the reader its credit, the writer, which has given none, a 0 to a word that only writers look at.
+LAMINA_DEVICE void Probe(End& end) {
+  const std::uint64_t deadline = NowNs() + end.timeout_ns;
+  end.use_proxy != 0 ? PostIfIdle(end.proxy, CreditWrite(end), deadline)
+                     : PostIfIdle(end.queue, CreditWrite(end), deadline);
+}
 
 // Has the reader given back the slot that message `sequence` is to take?
 struct HasRoom {
@@ -161,9 +179,10 @@ LAMINA_DEVICE void Release(End& end, const Message& message, Turn turn) {
   Advance(end, turn);
   if (read - end.credited < CreditBatch(end.num_slots)) return;
   end.credited = read;
-  const Write write = WriteValue(end.peer_region + offsetof(RegionHeader, credit), end.peer_rkey, read);
+  const Write write = CreditWrite(end);
   const std::uint32_t error = PostOf(end, &write, 1, NowNs() + end.timeout_ns);
-  if (error != kOk) FailPosting(end, message, error);
+  // A peer that is gone needs no credit, and what it sent before is delivered. The next wait in vain says what happened.
+  if (error == kStuck) FailPosting(end, message, error);
 }
 
 }  // namespace lamina::cuda::gda

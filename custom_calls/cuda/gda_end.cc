@@ -9,6 +9,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <thread>
+#include <utility>
 
 #include "gda_failure.h"
 #include "gda_kernels.h"
@@ -57,6 +58,34 @@ void RequireOrderedWrites(int device) {
   if (ordering >= cudaGPUDirectRDMAWritesOrderingOwner) return;
   throw std::runtime_error("GPU " + std::to_string(device) + " does not order GPUDirect RDMA writes for itself " +
                            "(ordering " + std::to_string(ordering) + ", needed 100 or more); use another kind");
+}
+
+// Memory of ends is used again but never given back: a graph that outlives its channel still looks there, and finds that
+// the end is closed or that its number is another's.
+class EndMemory {
+ public:
+  End* Take(int device) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::vector<End*>& free = free_[device];
+    if (free.empty()) return AllocateDevice<End>(sizeof(End), "memory for the end of a channel");
+    End* const end = free.back();
+    free.pop_back();
+    return end;
+  }
+
+  void GiveBack(int device, End* end) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    free_[device].push_back(end);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<int, std::vector<End*>> free_;  // by GPU
+};
+
+EndMemory& TheEndMemory() {
+  static auto* memory = new EndMemory();
+  return *memory;
 }
 
 }  // namespace
@@ -167,17 +196,30 @@ GpuEnd::GpuEnd(int device, GpuEndOptions options)
   }
   Require(cudaSetDevice(device), "cudaSetDevice");
   RequireOrderedWrites(device);
+  // CUDA loads kernels when they are first launched, for which it may wait for those that run, which wait for ours.
+  Require(LoadKernels(), "loading the kernels");
   region_ = AllocateDevice<char>(DmabufBytes(), "memory for the slots of a channel");
-  end_ = AllocateDevice<End>(sizeof(End), "memory for the end of a channel");
+  end_ = TheEndMemory().Take(device);
   pinned_ = AllocatePinned<Pinned>(sizeof(Pinned), "pinned memory for the end of a channel");
+  Require(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "making a stream");
 }
 
 GpuEnd::~GpuEnd() {
   Close();
-  cudaDeviceSynchronize();  // kernels that were told to stop return within a moment
+  if (!NoKernelLeft()) return;  // better to keep the memory for good than to free what is in use
+  cudaStreamDestroy(stream_);
   cudaFree(region_);
-  cudaFree(end_);
   cudaFreeHost(pinned_);
+  TheEndMemory().GiveBack(device_, end_);
+}
+
+// Shuts the end to later kernels, also where the one that closes it could not run, and waits for those that were told to
+// stop, which return within a moment.
+bool GpuEnd::NoKernelLeft() {
+  const std::uint64_t closed = 0;
+  return cudaSetDevice(device_) == cudaSuccess &&
+         cudaMemcpy(&end_->id, &closed, sizeof(closed), cudaMemcpyHostToDevice) == cudaSuccess &&
+         cudaDeviceSynchronize() == cudaSuccess;
 }
 
 std::uint64_t GpuEnd::DmabufBytes() const { return (region_bytes() + kGpuPage - 1) / kGpuPage * kGpuPage; }
@@ -220,25 +262,26 @@ void GpuEnd::Connect(std::shared_ptr<GpuQueue> queue, std::uint64_t nic_address,
   queue_ = std::move(queue);
 }
 
-void GpuEnd::Abort() { Stop(kStopAborted); }
-void GpuEnd::Close() { Stop(kStopClosed); }
+// Running kernels see the word; the peer is told by a kernel. Not after a close, when the queue may be gone.
+void GpuEnd::Abort() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (LoadRelaxedSystem(&pinned_->stop) != 0) return;
+  StoreReleaseSystem(&pinned_->stop, kStopAborted);
+  if (connected() && cudaSetDevice(device_) == cudaSuccess) LaunchAbort(end_, stream_);
+}
 
-// Running kernels see the word; the peer is told by a kernel of its own, on a stream that waits for no other. After a close
-// the memory may go, so that kernel is awaited.
-void GpuEnd::Stop(std::uint64_t stop) {
-  if (LoadRelaxedSystem(&pinned_->stop) >= stop) return;
-  StoreReleaseSystem(&pinned_->stop, stop);
-  if (!connected()) return;
-  cudaStream_t stream = nullptr;
-  cudaSetDevice(device_);
-  if (cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) != cudaSuccess) return;
-  LaunchStop(end_, stop, stream);
+// After a close the memory may go, so the kernel that tells the peer is awaited.
+void GpuEnd::Close() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (std::exchange(closed_, true)) return;
+  if (LoadRelaxedSystem(&pinned_->stop) == 0) StoreReleaseSystem(&pinned_->stop, kStopClosed);
+  if (!connected() || cudaSetDevice(device_) != cudaSuccess) return;
+  LaunchClose(end_, stream_);
   const std::uint64_t deadline = NowNs() + 2 * kDrainNs;
-  while (stop == kStopClosed && cudaStreamQuery(stream) == cudaErrorNotReady && NowNs() < deadline) {
+  while (cudaStreamQuery(stream_) == cudaErrorNotReady && NowNs() < deadline) {
     std::this_thread::sleep_for(kQueryInterval);
   }
-  if (stop == kStopClosed) queue_->Settle();
-  cudaStreamDestroy(stream);  // once its work is done
+  queue_->Settle();
 }
 
 std::string GpuEnd::failure() const {

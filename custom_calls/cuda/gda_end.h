@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -83,7 +84,10 @@ class GpuEnd {
   // `nic_address` is that by which the NIC knows the region, `peer_region` that by which the peer's knows its own.
   void Connect(std::shared_ptr<GpuQueue> queue, std::uint64_t nic_address, std::uint32_t lkey,
                std::uint64_t peer_region, std::uint32_t peer_rkey);
+  // Ends every operation of both ends, now and later. Any thread may call it.
   void Abort();
+  // Ends this end's operations. Kernels that start later, from a graph that outlives the end too, find it closed and touch
+  // nothing. Waits, for a bounded time, until the NIC has delivered what was sent.
   void Close();
   std::string failure() const;
 
@@ -94,7 +98,7 @@ class GpuEnd {
   End* end() const { return end_; }
 
  private:
-  void Stop(std::uint64_t stop);
+  bool NoKernelLeft();
   std::uint64_t DmabufBytes() const;
 
   const int device_;
@@ -103,10 +107,13 @@ class GpuEnd {
   char* region_ = nullptr;
   End* end_ = nullptr;
   struct Pinned* pinned_ = nullptr;
+  cudaStream_t stream_ = nullptr;  // waits for no other
   std::shared_ptr<GpuQueue> queue_;
+  std::mutex mutex_;
+  bool closed_ = false;
 };
 
-// The open ends of this process by number; null if there is none (any more).
+// The open ends of this process by number, which none has twice; null if there is none (any more).
 std::shared_ptr<GpuEnd> FindEnd(std::int64_t id);
 void RegisterEnd(std::shared_ptr<GpuEnd> end);
 void UnregisterEnd(std::int64_t id);

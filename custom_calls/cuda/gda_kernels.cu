@@ -11,9 +11,18 @@ namespace {
 
 __global__ void __launch_bounds__(kThreads, 1) SendKernel(const __grid_constant__ Call call) { Send(call, Block{}); }
 __global__ void __launch_bounds__(kThreads, 1) RecvKernel(const __grid_constant__ Call call) { Recv(call, Block{}); }
-__global__ void StopKernel(End* end, std::uint64_t stop) { StopEnd(*end, stop); }
+__global__ void AbortKernel(End* end) { AbortEnd(*end); }
+__global__ void CloseKernel(End* end) { CloseEnd(*end); }
 
 }  // namespace
+
+cudaError_t LoadKernels() {
+  cudaFuncAttributes attributes;
+  if (const cudaError_t error = cudaFuncGetAttributes(&attributes, SendKernel); error != cudaSuccess) return error;
+  if (const cudaError_t error = cudaFuncGetAttributes(&attributes, RecvKernel); error != cudaSuccess) return error;
+  if (const cudaError_t error = cudaFuncGetAttributes(&attributes, AbortKernel); error != cudaSuccess) return error;
+  return cudaFuncGetAttributes(&attributes, CloseKernel);
+}
 
 cudaError_t LaunchSend(const Call& call, cudaStream_t stream) {
   SendKernel<<<BlocksFor(call.payload_bytes), kThreads, 0, stream>>>(call);
@@ -25,8 +34,13 @@ cudaError_t LaunchRecv(const Call& call, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-cudaError_t LaunchStop(End* end, std::uint64_t stop, cudaStream_t stream) {
-  StopKernel<<<1, 1, 0, stream>>>(end, stop);
+cudaError_t LaunchAbort(End* end, cudaStream_t stream) {
+  AbortKernel<<<1, 1, 0, stream>>>(end);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchClose(End* end, cudaStream_t stream) {
+  CloseKernel<<<1, 1, 0, stream>>>(end);
   return cudaGetLastError();
 }
 

@@ -7,10 +7,13 @@
 
 namespace lamina::cuda::gda {
 
+// Brings the kernels into the memory of the GPU in use.
+cudaError_t LoadKernels();
 // Each enqueues one kernel and returns what the launch returned.
 cudaError_t LaunchSend(const Call& call, cudaStream_t stream);
 cudaError_t LaunchRecv(const Call& call, cudaStream_t stream);
-// Tells the peer that this side has stopped (kStopClosed or kStopAborted). `end` is in device memory.
-cudaError_t LaunchStop(End* end, std::uint64_t stop, cudaStream_t stream);
+// AbortEnd and CloseEnd of gda_channel.h. `end` is in device memory.
+cudaError_t LaunchAbort(End* end, cudaStream_t stream);
+cudaError_t LaunchClose(End* end, cudaStream_t stream);
 
 }  // namespace lamina::cuda::gda

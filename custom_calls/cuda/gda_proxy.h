@@ -21,6 +21,7 @@ static_assert(sizeof(ProxyEntry) == 64);
 struct ProxyWords {
   alignas(64) std::uint64_t taken;  // requests that the host has read; only the host stores
   alignas(64) std::uint32_t error;  // as QueueState::error; only the host stores
+  alignas(64) std::uint64_t completed;  // requests that the NIC is done with; only the host stores
 };
 
 struct ProxyQueue {
@@ -34,11 +35,9 @@ LAMINA_DEVICE ProxyEntry& EntryAt(const ProxyQueue& proxy, std::uint64_t index) 
   return proxy.entries[index & ((std::uint64_t{1} << proxy.log_num_entries) - 1)];
 }
 
-// As the Post of a SendQueue. It returns before the NIC was told.
-LAMINA_DEVICE std::uint32_t Post(const ProxyQueue& proxy, const Write* writes, std::uint32_t count,
-                                 std::uint64_t deadline_ns) {
-  if (const std::uint32_t error = LoadAcquireSystem(&proxy.words->error); error != kOk) return error;
-  const std::uint64_t first = AtomicAddDevice(proxy.reserved, std::uint64_t{count});
+// As Post, as requests from `first` on, which were handed out already.
+LAMINA_DEVICE std::uint32_t PostAt(const ProxyQueue& proxy, std::uint64_t first, const Write* writes,
+                                   std::uint32_t count, std::uint64_t deadline_ns) {
   const std::uint64_t room = std::uint64_t{1} << proxy.log_num_entries;
   while (first + count - LoadAcquireSystem(&proxy.words->taken) > room) {
     if (const std::uint32_t error = LoadAcquireSystem(&proxy.words->error); error != kOk) return error;
@@ -53,6 +52,20 @@ LAMINA_DEVICE std::uint32_t Post(const ProxyQueue& proxy, const Write* writes, s
     StoreReleaseSystem(&entry.sequence, first + i + 1);
   }
   return kOk;
+}
+
+// As the Post of a SendQueue. It returns before the NIC was told.
+LAMINA_DEVICE std::uint32_t Post(const ProxyQueue& proxy, const Write* writes, std::uint32_t count,
+                                 std::uint64_t deadline_ns) {
+  if (const std::uint32_t error = LoadAcquireSystem(&proxy.words->error); error != kOk) return error;
+  return PostAt(proxy, AtomicAddDevice(proxy.reserved, std::uint64_t{count}), writes, count, deadline_ns);
+}
+
+// As the PostIfIdle of a SendQueue.
+LAMINA_DEVICE void PostIfIdle(const ProxyQueue& proxy, const Write& write, std::uint64_t deadline_ns) {
+  const std::uint64_t completed = LoadAcquireSystem(&proxy.words->completed);
+  if (AtomicCasDevice(proxy.reserved, completed, completed + 1) != completed) return;
+  PostAt(proxy, completed, &write, 1, deadline_ns);
 }
 
 }  // namespace lamina::cuda::gda

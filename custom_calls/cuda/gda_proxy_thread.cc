@@ -38,6 +38,7 @@ void ProxyThread::Run() {
     // Device code waits for answers, not for completions, so an error shows only if somebody looks.
     while (PollCompletion(queue_)) {
     }
+    ReportCompleted();
     if (const std::uint32_t error = ErrorOf(queue_); error != kOk) Report(error);
     const bool done = LoadAcquireSystem(&queue_.state->completed) == LoadRelaxedSystem(&queue_.state->reserved);
     if (idle && (done || ErrorOf(queue_) != kOk)) settled_.store(asked, std::memory_order_release);
@@ -65,6 +66,13 @@ void ProxyThread::PostTaken() {
 
 void ProxyThread::Report(std::uint32_t error) {
   if (LoadRelaxedSystem(&proxy_.words->error) == kOk) StoreReleaseSystem(&proxy_.words->error, error);
+}
+
+// Nobody else posts to the queue, so a request's number is also that of its WQE.
+void ProxyThread::ReportCompleted() {
+  const std::uint64_t completed = LoadRelaxedSystem(&queue_.state->completed);
+  if (LoadRelaxedSystem(&proxy_.words->completed) == completed) return;
+  StoreReleaseSystem(&proxy_.words->completed, completed);
 }
 
 }  // namespace lamina::cuda::gda

@@ -24,6 +24,7 @@ class ProxyThread {
   bool TakeOne();  // false if there is no request
   void PostTaken();
   void Report(std::uint32_t error);
+  void ReportCompleted();
 
   const ProxyQueue proxy_;
   const SendQueue queue_;

@@ -151,13 +151,10 @@ LAMINA_DEVICE void PostReady(const SendQueue& queue) {
   StoreReleaseSystem(&queue.state->posted, ready);
 }
 
-// Posts `count` WRITEs, which the NIC performs in order and completes with one CQE. Returns when the NIC was told, not
-// when it is done. `count` is at most the number of WQEs of the queue. kOk, or what broke the queue.
-LAMINA_DEVICE std::uint32_t Post(const SendQueue& queue, const Write* writes, std::uint32_t count,
-                                 std::uint64_t deadline_ns) {
-  if (const std::uint32_t error = ErrorOf(queue); error != kOk) return error;
+// As Post, at positions that were handed out already.
+LAMINA_DEVICE std::uint32_t PostAt(const SendQueue& queue, std::uint64_t first, const Write* writes,
+                                   std::uint32_t count, std::uint64_t deadline_ns) {
   QueueState& state = *queue.state;
-  const std::uint64_t first = AtomicAddDevice(&state.reserved, std::uint64_t{count});
   const std::uint64_t end = first + count;
   if (const std::uint32_t error = AwaitQueue(queue, deadline_ns, HasPositions{queue, end}); error != kOk) return error;
   for (std::uint32_t i = 0; i < count; ++i) {
@@ -173,6 +170,23 @@ LAMINA_DEVICE std::uint32_t Post(const SendQueue& queue, const Write* writes, st
   PostReady(queue);
   StoreReleaseSystem(&state.post_lock, 0u);
   return kOk;
+}
+
+// Posts `count` WRITEs, which the NIC performs in order and completes with one CQE. Returns when the NIC was told, not
+// when it is done. `count` is at most the number of WQEs of the queue. kOk, or what broke the queue.
+LAMINA_DEVICE std::uint32_t Post(const SendQueue& queue, const Write* writes, std::uint32_t count,
+                                 std::uint64_t deadline_ns) {
+  if (const std::uint32_t error = ErrorOf(queue); error != kOk) return error;
+  const std::uint64_t first = AtomicAddDevice(&queue.state->reserved, std::uint64_t{count});
+  return PostAt(queue, first, writes, count, deadline_ns);
+}
+
+// Posts a WRITE if all that was posted before is complete, else nothing: what is under way says as much about the
+// connection as one more would. So however many threads call this, one such WRITE at most is under way.
+LAMINA_DEVICE void PostIfIdle(const SendQueue& queue, const Write& write, std::uint64_t deadline_ns) {
+  const std::uint64_t completed = LoadAcquireSystem(&queue.state->completed);
+  if (AtomicCasDevice(&queue.state->reserved, completed, completed + 1) != completed) return;
+  PostAt(queue, completed, &write, 1, deadline_ns);
 }
 
 // Waits until the NIC is done with all that was posted before. False if the queue is broken or the deadline comes first.

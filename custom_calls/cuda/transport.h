@@ -60,6 +60,7 @@ LAMINA_DEVICE Stop StopOf(Role mine, std::uint32_t stop) {
 LAMINA_DEVICE Stop CurrentStop(const End& end) { return StopOf(end.role, LoadAcquireSystem(Word(end.ring->stop))); }
 
 LAMINA_DEVICE bool Broken(End&) { return false; }  // memory does not break
+LAMINA_DEVICE void Probe(End&) {}
 
 // Is the slot of message `sequence` free?
 struct HasRoom {

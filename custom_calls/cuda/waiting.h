@@ -2,7 +2,8 @@
 //
 // These are written once for any `End`. Next to its End a family declares what they ask for:
 //   Stop CurrentStop(const End&)             what the words mean by which either side says that it has stopped
-//   bool Broken(End&)                        whether the way to the peer is broken
+//   bool Broken(End&)                        whether the way to the peer is known to be broken
+//   void Probe(End&)                         sees to it that a broken way becomes known, if nothing else will
 //   bool Fail(End&, Reason, const Message&)  and with const FailureRecord&: puts a failure on record; returns false
 #pragma once
 
@@ -16,6 +17,8 @@ namespace lamina::cuda {
 // Polls between looks at the clock and at what the host says.
 inline constexpr std::uint32_t kPollsPerLook = 16;
 inline constexpr std::uint32_t kNapNs = 40;
+// Between probes of one waiting thread. With what a NIC takes to give up on a peer, it has to stay below two seconds.
+inline constexpr std::uint64_t kProbeNs = 250'000'000;
 
 // `final`: nothing succeeds any more, not even what is already there. Else what the peer had sent may still be taken.
 struct Stop {
@@ -44,6 +47,7 @@ template <typename End, typename Ready>
 LAMINA_DEVICE Reason Await(End& end, Ready ready) {
   if (ready()) return Reason::kNone;
   const std::uint64_t start = NowNs();
+  std::uint64_t probed = start;
   while (true) {
     for (std::uint32_t poll = 0; poll < kPollsPerLook; ++poll) {
       if (ready()) return Reason::kNone;
@@ -53,8 +57,12 @@ LAMINA_DEVICE Reason Await(End& end, Ready ready) {
     // Look once more: the last message may have come in between.
     if (stop.reason != Reason::kNone) return !stop.final && ready() ? Reason::kNone : stop.reason;
     if (LoadRelaxedSystem(&end.failed) != 0) return Reason::kEarlier;
-    if (Broken(end)) return Reason::kQueue;
-    if (NowNs() - start > end.timeout_ns) return Reason::kTimeout;
+    if (Broken(end)) return ready() ? Reason::kNone : Reason::kQueue;
+    const std::uint64_t now = NowNs();
+    if (now - start > end.timeout_ns) return Reason::kTimeout;
+    if (now - probed < kProbeNs) continue;
+    probed = now;
+    Probe(end);
   }
 }
 

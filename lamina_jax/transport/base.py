@@ -287,6 +287,8 @@ def first_failure(channels: Iterable[Channel]) -> ChannelError | None:
 
 _KINDS = {
     "shm": "lamina_jax.transport.shm:ShmChannel",
+    "tcp": "lamina_jax.transport.tcp:TcpChannel",
+    "verbs": "lamina_jax.transport.verbs:VerbsChannel",
     "cuda_host": "lamina_jax.transport.cuda:CudaHostChannel",
     "cuda_ipc": "lamina_jax.transport.cuda:CudaIpcChannel",
     "gda": "lamina_jax.transport.gda:GdaChannel",

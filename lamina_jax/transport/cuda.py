@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import jax
 
 from lamina_jax import _custom_calls
-from lamina_jax.transport import shm
+from lamina_jax.transport import cpu_calls
 from lamina_jax.transport.base import (
     Channel,
     ChannelAddress,
@@ -163,7 +163,7 @@ class _CudaChannel(Channel):
     @property
     def targets(self) -> dict[Literal["send", "recv"], str]:
         if self.device is None:
-            return {"send": shm.SEND, "recv": shm.RECV}
+            return cpu_calls.TARGETS
         return {"send": SEND, "recv": RECV}
 
     @property
@@ -206,7 +206,7 @@ class CudaHostChannel(_CudaChannel):
         slot_bytes: int | None = None,
         timeout_s: float = 60.0,
         device: int | None = 0,
-        spin_us: float = shm.DEFAULT_SPIN_US,
+        spin_us: float = cpu_calls.DEFAULT_SPIN_US,
     ) -> "CudaHostChannel":
         """Makes the ring and reserves its memory; see `Channel.create`.
 
@@ -256,7 +256,7 @@ class CudaHostChannel(_CudaChannel):
         peer: str,
         timeout_s: float = 60.0,
         device: int | None = None,
-        spin_us: float = shm.DEFAULT_SPIN_US,
+        spin_us: float = cpu_calls.DEFAULT_SPIN_US,
     ) -> "CudaHostChannel":
         """Takes the free end, for the CPU unless `device` names a GPU; see `create` and `Channel.attach`."""
         if device is not None:

@@ -26,7 +26,8 @@ from lamina_jax.transport.base import (
     require_wait,
     slot_room,
 )
-from lamina_jax.transport.gda_link import GdaEnd, Link, LinkAddress, RegionAddress
+from lamina_jax.transport.gda_link import GdaEnd, Link, RegionAddress
+from lamina_jax.transport.rc_queue_pair import QpAddress
 from lamina_jax.transport.rdma_devices import choose_port
 
 KIND = "gda"
@@ -52,7 +53,7 @@ _calls = _load_calls()
 class _Location(msgspec.Struct, frozen=True, kw_only=True):
     """What `ChannelAddress.location` holds, as JSON: the way to one end."""
 
-    link: LinkAddress
+    link: QpAddress
     region: RegionAddress
 
 
@@ -61,9 +62,9 @@ class GdaChannel(Channel):
 
     Both ends have to know each other's queue pair and memory, so the creator connects to the other's `answer`.
 
-    As with every channel of a GPU, failures of a program are known after it has run (`failure`). A writer learns of a
-    dead peer from its NIC about half a second after it next sends; a reader does not before `timeout_s`, as nothing
-    arrives either way: whoever watches the processes aborts it.
+    As with every channel of a GPU, failures of a program are known after it has run (`failure`). That the peer is dead
+    is known from the NIC, whose WRITEs nobody acknowledges any more: operations that wait, to receive or for room, post
+    one every 250 ms to find out, so they end within two seconds. An end that nobody uses notices nothing.
     """
 
     needs_answer = True

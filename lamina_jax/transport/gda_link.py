@@ -3,9 +3,8 @@
 **Never run on hardware.** What is below this file (`custom_calls/cuda/gda_*.h`: WQEs, doorbells, completions, rings) is
 tested against a software NIC; this file, which asks a real one for its queues, has not met one.
 
-pyverbs (`pip install pyverbs`, or rdma-core's package python3-pyverbs) opens the device and registers memory. It does
-not say where a send queue, its doorbell record and its doorbell lie, so queue pairs are made by libibverbs through
-ctypes and `mlx5dv_init_obj` is asked. Structures: infiniband/verbs.h and infiniband/mlx5dv.h of rdma-core.
+Queue pairs are made as for every RDMA channel (`rc_queue_pair.py`), then `mlx5dv_init_obj` is asked where the send
+queue, its doorbell record and its doorbell lie. Structures: infiniband/mlx5dv.h of rdma-core.
 
 A `Link` is one reliable connection to one peer; any number of channels, both ways, share it:
 
@@ -20,10 +19,9 @@ The addresses travel over whatever control connection there is.
 import ctypes
 import functools
 import importlib
-import ipaddress
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -31,28 +29,15 @@ import msgspec
 from absl import logging
 
 from lamina_jax.transport.base import Role
+from lamina_jax.transport.rc_queue_pair import LOCAL_WRITE, REMOTE_WRITE, CompletionQueue, QpAddress, RcQueuePair
 
 MAX_LOG_WQES = 15
 """WQE counters have 16 bits, and half of their range must be enough to tell what has completed."""
 
-_ETHERNET = 2  # IBV_LINK_LAYER_ETHERNET
-_RC = 2  # IBV_QPT_RC
-_INIT, _RTR, _RTS = 1, 2, 3  # enum ibv_qp_state
-_MASK_INIT = 1 << 0 | 1 << 3 | 1 << 4 | 1 << 5  # STATE, ACCESS_FLAGS, PKEY_INDEX, PORT
-_MASK_RTR = 1 << 0 | 1 << 7 | 1 << 8 | 1 << 12 | 1 << 15 | 1 << 17 | 1 << 20
-_MASK_RTS = 1 << 0 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 13 | 1 << 16
-_LOCAL_WRITE, _REMOTE_WRITE = 1, 2  # enum ibv_access_flags; never RELAXED_ORDERING: the ring relies on order
+# A retry after 4.096 us * 2^13 = 34 ms, six times: a dead peer is an error after 0.25 s. A NIC may take four times as
+# long, 1 s, which leaves room for a probe (kProbeNs) in the two seconds that a channel has.
+_RETRY_TIMEOUT = 13
 _OBJ_QP, _OBJ_CQ = 1, 2  # enum mlx5dv_obj_type
-
-
-class LinkAddress(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a peer finds the queue pair of a `Link`. Plain data, for a control connection."""
-
-    qpn: int
-    psn: int
-    lid: int
-    gid: bytes
-    mtu: int
 
 
 class RegionAddress(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,78 +48,6 @@ class RegionAddress(msgspec.Struct, frozen=True, kw_only=True):
     num_slots: int
     slot_bytes: int
     role: Role
-
-
-class _Cap(ctypes.Structure):  # struct ibv_qp_cap
-    _fields_ = [
-        (name, ctypes.c_uint32)
-        for name in ("max_send_wr", "max_recv_wr", "max_send_sge", "max_recv_sge", "max_inline_data")
-    ]
-
-
-class _QpInitAttr(ctypes.Structure):  # struct ibv_qp_init_attr
-    _fields_ = [
-        ("qp_context", ctypes.c_void_p),
-        ("send_cq", ctypes.c_void_p),
-        ("recv_cq", ctypes.c_void_p),
-        ("srq", ctypes.c_void_p),
-        ("cap", _Cap),
-        ("qp_type", ctypes.c_int),
-        ("sq_sig_all", ctypes.c_int),
-    ]
-
-
-class _GlobalRoute(ctypes.Structure):  # struct ibv_global_route
-    _fields_ = [
-        ("dgid", ctypes.c_uint64 * 2),
-        ("flow_label", ctypes.c_uint32),
-        *((name, ctypes.c_uint8) for name in ("sgid_index", "hop_limit", "traffic_class")),
-    ]
-
-
-class _AhAttr(ctypes.Structure):  # struct ibv_ah_attr
-    _fields_ = [
-        ("grh", _GlobalRoute),
-        ("dlid", ctypes.c_uint16),
-        *((name, ctypes.c_uint8) for name in ("sl", "src_path_bits", "static_rate", "is_global", "port_num")),
-    ]
-
-
-class _QpAttr(ctypes.Structure):  # struct ibv_qp_attr
-    _fields_ = [
-        *((name, ctypes.c_int) for name in ("qp_state", "cur_qp_state", "path_mtu", "path_mig_state")),
-        *((name, ctypes.c_uint32) for name in ("qkey", "rq_psn", "sq_psn", "dest_qp_num", "qp_access_flags")),
-        ("cap", _Cap),
-        ("ah_attr", _AhAttr),
-        ("alt_ah_attr", _AhAttr),
-        ("pkey_index", ctypes.c_uint16),
-        ("alt_pkey_index", ctypes.c_uint16),
-        *(
-            (name, ctypes.c_uint8)
-            for name in (
-                "en_sqd_async_notify",
-                "sq_draining",
-                "max_rd_atomic",
-                "max_dest_rd_atomic",
-                "min_rnr_timer",
-                "port_num",
-                "timeout",
-                "retry_cnt",
-                "rnr_retry",
-                "alt_port_num",
-                "alt_timeout",
-            )
-        ),
-        ("rate_limit", ctypes.c_uint32),
-    ]
-
-
-class _QpHead(ctypes.Structure):  # the start of struct ibv_qp
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("context", "qp_context", "pd", "send_cq", "recv_cq", "srq")),
-        ("handle", ctypes.c_uint32),
-        ("qp_num", ctypes.c_uint32),
-    ]
 
 
 class _Ring(ctypes.Structure):
@@ -224,42 +137,29 @@ class Link:
         _require(gid_index >= 0, f"gid_index must not be negative, got {gid_index}")
         log_wqes = _log2(num_wqes, "num_wqes")
         _require(4 <= log_wqes <= MAX_LOG_WQES, f"num_wqes must be 16 to {1 << MAX_LOG_WQES}, got {num_wqes}")
-        self.gpu, self._port, self._gid_index = gpu, port, gid_index
+        self.gpu = gpu
         self._calls = _calls()
-        self._context = _module("pyverbs.device", "the package pyverbs").Context(name=device)
-        self.pd = _module("pyverbs.pd", "the package pyverbs").PD(self._context)
-        self._verbs, self._mlx5 = _library("libibverbs.so.1"), _library("libmlx5.so.1")
-        for name in ("ibv_create_cq", "ibv_create_qp"):
-            getattr(self._verbs, name).restype = ctypes.c_void_p
-        self._cq = self._create_cq(num_wqes)
-        self._qp = self._create_qp(num_wqes)
-        self._psn = int.from_bytes(os.urandom(3), "little")
-        self.queue = self._describe_queue()
+        with ExitStack() as undo:
+            self._context = _module("pyverbs.device", "the package pyverbs").Context(name=device)
+            undo.callback(self._context.close)
+            self.pd = _module("pyverbs.pd", "the package pyverbs").PD(self._context)
+            undo.callback(self.pd.close)
+            self._mlx5 = _library("libmlx5.so.1")
+            cq = CompletionQueue(self.pd, num_wqes, wakes=False)
+            undo.callback(cq.close)
+            # One segment of data, or 8 bytes inline, make a WQE of one 64-byte block.
+            self._qp = RcQueuePair(
+                self._context, self.pd, cq.pointer, port=port, gid_index=gid_index, send_depth=num_wqes, max_inline=8
+            )
+            undo.callback(self._qp.close)
+            self.queue = self._describe_queue(cq.pointer)
+            undo.callback(self.queue.close)
+            self._undo = undo.pop_all()
 
-    def _create_cq(self, num_wqes: int) -> int:
-        # The first field of struct ibv_pd is the context.
-        context = ctypes.cast(self.pd.pd, ctypes.POINTER(ctypes.c_void_p))[0]
-        cq = self._verbs.ibv_create_cq(ctypes.c_void_p(context), num_wqes, None, None, 0)
-        return self._made(cq, f"ibv_create_cq of {num_wqes} entries")
-
-    def _create_qp(self, num_wqes: int) -> int:
-        attr = _QpInitAttr(send_cq=self._cq, recv_cq=self._cq, qp_type=_RC, sq_sig_all=0)
-        # One segment of data, or 8 bytes inline, make a WQE of one 64-byte block.
-        attr.cap = _Cap(max_send_wr=num_wqes, max_recv_wr=1, max_send_sge=1, max_recv_sge=1, max_inline_data=8)
-        qp = self._verbs.ibv_create_qp(ctypes.c_void_p(self.pd.pd), ctypes.byref(attr))
-        return self._made(qp, f"ibv_create_qp with {num_wqes} WQEs")
-
-    @staticmethod
-    def _made(pointer: int | None, what: str) -> int:
-        if not pointer:
-            error = ctypes.get_errno()
-            raise OSError(error, f"{what} failed: {os.strerror(error)}")
-        return pointer
-
-    def _describe_queue(self) -> Any:
+    def _describe_queue(self, cq: int) -> Any:
         dv_qp, dv_cq, obj = _DvQp(), _DvCq(), _DvObj()
-        obj.pointers[0], obj.pointers[1] = self._qp, ctypes.addressof(dv_qp)
-        obj.pointers[2], obj.pointers[3] = self._cq, ctypes.addressof(dv_cq)
+        obj.pointers[0], obj.pointers[1] = self._qp.pointer, ctypes.addressof(dv_qp)
+        obj.pointers[2], obj.pointers[3] = cq, ctypes.addressof(dv_cq)
         error = self._mlx5.mlx5dv_init_obj(ctypes.byref(obj), ctypes.c_uint64(_OBJ_QP | _OBJ_CQ))
         if error:
             raise OSError(error, "mlx5dv_init_obj failed: is the device an mlx5 NIC?")
@@ -274,50 +174,25 @@ class Link:
             cqes=dv_cq.buf,
             log_num_cqes=_log2(dv_cq.cqe_cnt, "the number of CQEs of the driver"),
             cq_record=dv_cq.dbrec,
-            qpn=ctypes.cast(self._qp, ctypes.POINTER(_QpHead)).contents.qp_num,
+            qpn=self._qp.number,
         )
         if queue.uses_proxy:
             _say_that_cpu_posts(self.gpu)
         return queue
 
     @property
-    def address(self) -> LinkAddress:
+    def address(self) -> QpAddress:
         """What the peer passes to `connect`."""
-        port = self._context.query_port(self._port)
-        gid = ipaddress.IPv6Address(self._context.query_gid(self._port, self._gid_index).gid).packed
-        if port.link_layer == _ETHERNET and not any(gid):
-            raise ValueError(f"GID index {self._gid_index} of port {self._port} has no address; see `show_gids`")
-        qpn = ctypes.cast(self._qp, ctypes.POINTER(_QpHead)).contents.qp_num
-        return LinkAddress(qpn=qpn, psn=self._psn, lid=port.lid, gid=gid, mtu=int(port.active_mtu))
+        return self._qp.address
 
-    def connect(self, peer: LinkAddress) -> None:
-        """Makes the connection; the peer must do the same with this link's address."""
-        attr = _QpAttr(qp_state=_INIT, port_num=self._port, qp_access_flags=_LOCAL_WRITE | _REMOTE_WRITE)
-        self._modify(attr, _MASK_INIT, "INIT")
-        own = self.address
-        attr.qp_state, attr.path_mtu = _RTR, min(own.mtu, peer.mtu)
-        attr.dest_qp_num, attr.rq_psn, attr.min_rnr_timer, attr.max_dest_rd_atomic = peer.qpn, peer.psn, 12, 1
-        attr.ah_attr.dlid, attr.ah_attr.port_num, attr.ah_attr.is_global = peer.lid, self._port, int(any(peer.gid))
-        attr.ah_attr.grh.sgid_index, attr.ah_attr.grh.hop_limit = self._gid_index, 64
-        ctypes.memmove(ctypes.addressof(attr.ah_attr.grh), peer.gid, 16)
-        self._modify(attr, _MASK_RTR, "RTR")
-        # A retry after 4.096 us * 2^14 = 67 ms, seven times: half a second until a dead peer is an error.
-        attr.qp_state, attr.sq_psn, attr.timeout, attr.retry_cnt, attr.rnr_retry = _RTS, own.psn, 14, 7, 7
-        attr.max_rd_atomic = 1
-        self._modify(attr, _MASK_RTS, "RTS")
-
-    def _modify(self, attr: _QpAttr, mask: int, state: str) -> None:
-        error = self._verbs.ibv_modify_qp(ctypes.c_void_p(self._qp), ctypes.byref(attr), mask)
-        if error:
-            raise OSError(error, f"the queue pair does not become {state}: {os.strerror(error)}")
+    def connect(self, peer: QpAddress) -> None:
+        """Makes the connection; the peer must do the same with this link's address. Raises OSError."""
+        self._qp.initialize()
+        self._qp.connect(peer, timeout=_RETRY_TIMEOUT)
 
     def close(self) -> None:
         """Ends the connection. Close the ends on it first."""
-        self.queue.close()
-        self._verbs.ibv_destroy_qp(ctypes.c_void_p(self._qp))
-        self._verbs.ibv_destroy_cq(ctypes.c_void_p(self._cq))
-        self.pd.close()
-        self._context.close()
+        self._undo.close()
 
 
 class GdaEnd:
@@ -359,7 +234,10 @@ class GdaEnd:
             slot_bytes=slot_bytes,
             timeout_s=timeout_s,
         )
-        self._memory_region, self._nic_address = self._register()
+        with ExitStack() as undo:
+            undo.callback(self._end.close)
+            self._memory_region, self._nic_address = self._register()
+            undo.pop_all()
 
     def _register(self) -> tuple[Any, int]:
         """The memory region, and the address by which the NIC knows its start.
@@ -367,7 +245,7 @@ class GdaEnd:
         As a dmabuf where kernel and driver have it, else by address, which needs the kernel module nvidia-peermem.
         """
         mr = _module("pyverbs.mr", "the package pyverbs")
-        access = _LOCAL_WRITE | _REMOTE_WRITE
+        access = LOCAL_WRITE | REMOTE_WRITE
         with _exported(self._end) as fd:
             if fd < 0:
                 by_address = mr.MR(self._link.pd, self._end.region_bytes, access, address=self._end.region)

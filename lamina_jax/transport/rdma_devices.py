@@ -1,4 +1,4 @@
-"""Which NIC, port and GID a GPU's RDMA connections use, from what Linux says under /sys."""
+"""Which NIC, port and GID RDMA connections use, from what Linux says under /sys."""
 
 import dataclasses
 import errno
@@ -19,6 +19,8 @@ class RdmaPort:
     nic: str
     port: int
     gid_index: int
+    loopback: bool = False
+    """Whether the address reaches this host only."""
 
 
 def choose_port(gpu_bus_id: str, *, nic: str | None = None, sys: Path = _SYS) -> RdmaPort:
@@ -54,23 +56,52 @@ def choose_port(gpu_bus_id: str, *, nic: str | None = None, sys: Path = _SYS) ->
     return min(found, key=lambda each: (each[0], each[1].nic, each[1].port))[1]
 
 
+def choose_verbs_port(nic: str | None = None, *, sys: Path = _SYS) -> RdmaPort:
+    """The first active port, by name, of any RDMA device; one whose only address is the loopback's comes last.
+
+    Args:
+        nic: the only device to consider, e.g. "mlx5_0"; None considers all.
+        sys: the file system that says all this.
+
+    Raises:
+        OSError: there is no such port; the message says what was found.
+    """
+    devices = sorted((sys / "class/infiniband").glob("*"))
+    ports = [port for path in devices if nic in (None, path.name) for port in _usable_ports(path)]
+    if not ports:
+        wanted = "an RDMA device" if nic is None else f"the RDMA device {nic}"
+        names = ", ".join(path.name for path in devices) or "none"
+        raise OSError(
+            errno.ENODEV,
+            f"verbs channels need {wanted} with an active port that has an address; RDMA devices: {names}. See "
+            "`ibv_devinfo` and `rdma link`",
+        )
+    return min(ports, key=lambda port: (port.loopback, port.nic, port.port))
+
+
 def _usable_ports(nic: Path) -> Iterator[RdmaPort]:
     for port in sorted(nic.glob("ports/*"), key=lambda path: int(path.name)):
         if _read(port / "state") != _ACTIVE:
             continue
-        gid_index = 0 if _read(port / "link_layer") == "InfiniBand" else _roce_gid(port)
-        if gid_index is not None:
-            yield RdmaPort(nic=nic.name, port=int(port.name), gid_index=gid_index)
+        number = int(port.name)
+        if _read(port / "link_layer") == "InfiniBand":
+            yield RdmaPort(nic=nic.name, port=number, gid_index=0)
+        elif (found := _roce_gid(port)) is not None:
+            yield RdmaPort(nic=nic.name, port=number, gid_index=found[0], loopback=_is_loopback(found[1]))
 
 
-def _roce_gid(port: Path) -> int | None:
-    """The number of the GID that RoCE v2 routes; None if the port has no address."""
+def _is_loopback(gid: ipaddress.IPv6Address) -> bool:
+    return (gid.ipv4_mapped or gid).is_loopback
+
+
+def _roce_gid(port: Path) -> tuple[int, ipaddress.IPv6Address] | None:
+    """The number of the GID that RoCE v2 routes, and the GID; None if the port has no address."""
     usable: dict[int, ipaddress.IPv6Address] = {}
     for entry in port.glob("gids/*"):
         if _read(port / "gid_attrs/types" / entry.name) == "RoCE v2" and (text := _read(entry)):
             usable[int(entry.name)] = ipaddress.IPv6Address(text)
-    with_address = [index for index, gid in usable.items() if int(gid) != 0]
-    return min(with_address, key=lambda index: (usable[index].ipv4_mapped is None, index), default=None)
+    with_address = [(index, gid) for index, gid in usable.items() if int(gid) != 0]
+    return min(with_address, key=lambda found: (found[1].ipv4_mapped is None, found[0]), default=None)
 
 
 def _read(path: Path) -> str:

@@ -3,29 +3,17 @@
 from collections.abc import Sequence
 from typing import Literal
 
-import jax
-
 from lamina_jax import _custom_calls
 from lamina_jax.transport.base import (
     Channel,
     ChannelAddress,
     MessageSpec,
     Role,
-    Tag,
     require_kind,
     require_wait,
     slot_room,
 )
-
-DEFAULT_SPIN_US = 50.0
-
-SEND, RECV = "lamina_shm_send", "lamina_shm_recv"
-"""The custom calls of every end that a CPU operates."""
-
-jax.ffi.register_ffi_target(SEND, _custom_calls.send_handler(), platform="cpu")
-jax.ffi.register_ffi_target(RECV, _custom_calls.recv_handler(), platform="cpu")
-for _tag in Tag:
-    _custom_calls.name_tag(int(_tag), _tag.label)
+from lamina_jax.transport.cpu_calls import DEFAULT_SPIN_US, TARGETS
 
 
 class ShmChannel(Channel):
@@ -124,7 +112,7 @@ class ShmChannel(Channel):
 
     @property
     def targets(self) -> dict[Literal["send", "recv"], str]:
-        return {"send": SEND, "recv": RECV}
+        return TARGETS
 
     @property
     def peer_pid(self) -> int | None:

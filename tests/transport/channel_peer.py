@@ -6,7 +6,10 @@ import itertools
 import multiprocessing
 import os
 import signal
+import socket
+import subprocess
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -27,12 +30,19 @@ from lamina_jax.transport import (
     make_stamp,
     recv,
     send,
+    verbs,
 )
 
 DTYPES = ("bfloat16", "float16", "float32", "int32")
 LIMIT_S = 60.0  # what no answer of a healthy peer takes
-ON_CPU: dict[str, dict] = {"shm": {}, "cuda_host": {"device": None}, answering.KIND: {}}
+ON_CPU: dict[str, dict] = {"shm": {}, "tcp": {}, "cuda_host": {"device": None}, answering.KIND: {}}
 """The kinds whose ends a CPU can operate both, and what `create` has to be told for it."""
+OVER_NETWORKS = ("tcp", "verbs")
+DEATH = {"verbs": "the peer does not answer any more: its process or host has died, or the link is down"}
+"""What a kind says of a peer that was killed, where that is not "the peer process has died"."""
+
+if verbs.rdma_problem() is None:
+    ON_CPU["verbs"] = {}
 
 answering.register()
 
@@ -263,6 +273,30 @@ class _Orders:
     def send_and_die(self, number: int, mails: Sequence[Mail]) -> None:
         send_all([self._channels[number]], mails)
         os.kill(os.getpid(), signal.SIGKILL)
+
+    def send_and_exit(self, number: int, mails: Sequence[Mail]) -> None:
+        send_all([self._channels[number]], mails)
+        self._channels[number].close()
+        os._exit(0)
+
+    def fork_and_close(self, number: int) -> int:
+        """Closes the channel in a child that shares it. Returns what became of the child, as `os.waitpid` does."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that JAX has threads, which this child does not need
+            child = os.fork()
+        if child == 0:
+            self._channels[number].abort()
+            self._channels[number].close()
+            os._exit(0)
+        return os.waitpid(child, 0)[1]
+
+    def move_to_host(self, name: str) -> None:
+        """Gives this process, in which nothing has been made yet, a network and a host name of its own."""
+        os.unshare(os.CLONE_NEWNET | os.CLONE_NEWUTS)
+        socket.sethostname(name)
+
+    def run(self, command: Sequence[str]) -> None:
+        subprocess.run(command, check=True)
 
     def recv_and_abort(self, number: int, mail: Mail, aborted: int) -> None:
         recv_all([self._channels[number]], [mail])

@@ -311,7 +311,7 @@ void ClosesOnceDelivered(bool use_proxy) {
   const Stamp stamp = {{9, 0, 0}};
   Stamp out{};
   const Call later = MakeCall({&channel.writer.end}, 1, stamp, out, {{data, 64}});
-  StopEnd(channel.writer.end, kStopClosed);
+  CloseEnd(channel.writer.end);
   if (use_proxy) Check(world.a.proxy_thread->Settle(cuda::NowNs() + 60'000'000'000), "the proxy has settled");
   Check(world.a.nic.writes() == 17 && world.a.state.completed == 17, "8 messages and the word that says so are there");
   RecvMany(channel.reader, 8, 64);
@@ -324,8 +324,95 @@ void ClosesOnceDelivered(bool use_proxy) {
   Check(world.a.nic.writes() == 17 && channel.writer.record.reason == 0, "a closed end sends nothing");
   world.b.nic.SetLink(nic_model::Link::kDown);
   const std::uint64_t before = cuda::NowNs();
-  StopEnd(channel.reader.end, kStopClosed);
+  CloseEnd(channel.reader.end);
   Check(cuda::NowNs() - before < 60'000'000'000, "closing over a broken link ends");
+  CheckClean(world);
+}
+
+// Who waits learns that the peer is gone, though it has nothing to say to it: a reader that no message reaches, a writer
+// that no credit reaches. What they say to find out changes nothing.
+void PeerGone(bool use_proxy) {
+  World world({.use_proxy = use_proxy});
+  Channel& idle = world.AddChannel(2, 64);
+  Channel& full = world.AddChannel(2, 64, false);
+  world.Start();
+  SendMany(full.writer, 2, 64);
+  std::thread reader([&] { RecvOne(idle.reader, {{4, 2, 0}}, {}); });
+  std::thread writer([&] { SendMany(full.writer, 1, 64); });
+  Until([&] { return world.b.nic.writes() >= 4 + 2; });
+  world.b.nic.SetLink(nic_model::Link::kDown);
+  reader.join();
+  writer.join();
+  CheckHas(idle.reader.failure(), "recv of 'kv' (step 4, layer 2, batch 0) from the writer failed: the NIC reports "
+                                  "syndrome 0x15");
+  CheckHas(idle.reader.failure(), "transport retries exceeded: the peer does not answer");
+  CheckHas(full.writer.failure(), "send of 'kv' (step 0, layer 1, batch 0) to the reader failed: the NIC reports "
+                                  "syndrome 0x15");
+  Check(cuda::LoadAcquireSystem(&HeaderOf(idle.writer.end)->credit) == 0, "the reader has given nothing back");
+  CheckClean(world);
+}
+
+// Many who wait on one queue, some with several blocks; then messages come and all is as ever.
+void LongWaits(bool use_proxy) {
+  constexpr std::uint32_t kBlocks = 3;
+  World world({.use_proxy = use_proxy});
+  Channel* const channels[] = {&world.AddChannel(2, 64), &world.AddChannel(4, 64), &world.AddChannel(2, 64, false)};
+  world.Start();
+  SendMany(channels[2]->writer, 2, 64);
+  std::vector<std::thread> threads;
+  const Stamp stamp{{0, 1, 0}};
+  Stamp out;
+  char nothing[1];
+  const Call blocks = MakeCall({&channels[1]->reader.end}, 1, stamp, out, {{nothing, 0}});
+  for (std::uint32_t block = 0; block < kBlocks; ++block) {
+    threads.emplace_back([&, block] { Recv(blocks, Block{block, kBlocks}); });
+  }
+  threads.emplace_back([&] { RecvMany(channels[0]->reader, 10, 64); });
+  threads.emplace_back([&] { SendOne(channels[2]->writer, {{2, 1, 0}}, {}); });
+  Until([&] { return world.b.nic.writes() >= 4 + 3; });
+  SendMany(channels[1]->writer, 1, 64);
+  SendMany(channels[0]->writer, 10, 64);
+  std::vector<char> data(64);
+  for (int step = 0; step < 2; ++step) RecvOne(channels[2]->reader, {{step, 1, 0}}, {{data.data(), SizeOf(step, 64)}});
+  for (std::thread& thread : threads) thread.join();
+  RecvOne(channels[2]->reader, {{2, 1, 0}}, {});
+  for (Channel* channel : channels) CheckEqual(channel->writer.failure() + channel->reader.failure(), "");
+  CheckClean(world);
+}
+
+// While a NIC completes nothing, those who wait add one WRITE to what is under way, not one every time.
+void OneProbe(bool use_proxy) {
+  World world({.use_proxy = use_proxy});
+  Channel* const channels[] = {&world.AddChannel(2, 64), &world.AddChannel(2, 64)};
+  world.Start();
+  world.b.nic.SetLink(nic_model::Link::kStalled);
+  std::vector<std::thread> threads;
+  for (Channel* channel : channels) {
+    channel->reader.SetTimeout(4 * static_cast<double>(cuda::kProbeNs) / 1e9);
+    threads.emplace_back([=] { RecvOne(channel->reader, {{0, 0, 0}}, {}); });
+  }
+  for (std::thread& thread : threads) thread.join();
+  Check(world.b.asked() == 3, "one WRITE to find out, and one for each failure");
+  for (Channel* channel : channels) CheckHas(channel->reader.failure(), "no message came in");
+  CheckClean(world);
+}
+
+// What the writer had sent before it was gone is received, though nobody takes the credit any more.
+void DeliveredBeforeGone() {
+  World world;
+  Channel& channel = world.AddChannel(4, 64);
+  world.Start();
+  SendMany(channel.writer, 4, 64);
+  Until([&] { return world.a.nic.writes() == 8; });
+  world.b.nic.SetLink(nic_model::Link::kDown);
+  RecvMany(channel.reader, 2, 64);
+  Until([&] { return QueueErrorOf(channel.reader.end) != kOk; });
+  std::vector<char> data(64);
+  for (int step = 2; step < 4; ++step) RecvOne(channel.reader, {{step, 1, 0}}, {{data.data(), SizeOf(step, 64)}});
+  CheckEqual(channel.reader.failure(), "");
+  Check(channel.reader.end.next == 4, "all four are received");
+  RecvOne(channel.reader, {{4, 1, 0}}, {});
+  CheckHas(channel.reader.failure(), "recv of 'kv' (step 4, layer 1, batch 0) from the writer failed: the NIC reports");
   CheckClean(world);
 }
 
@@ -388,12 +475,19 @@ int main(int argc, char** argv) {
                    {"shared_queue", [] { SharedQueue(false); }},
                    {"link_down", [] { LinkDown(false); }},
                    {"closes_once_delivered", [] { ClosesOnceDelivered(false); }},
+                   {"peer_gone", [] { PeerGone(false); }},
+                   {"long_waits", [] { LongWaits(false); }},
+                   {"one_probe", [] { OneProbe(false); }},
+                   {"delivered_before_gone", DeliveredBeforeGone},
                    {"bad_keys", BadKeys},
                    {"credit_fails", CreditFails},
                    {"stalled", Stalled},
                    {"proxy_order", [] { Order(true); }},
                    {"proxy_shared_queue", [] { SharedQueue(true); }},
                    {"proxy_link_down", [] { LinkDown(true); }},
-                   {"proxy_closes_once_delivered", [] { ClosesOnceDelivered(true); }}},
+                   {"proxy_closes_once_delivered", [] { ClosesOnceDelivered(true); }},
+                   {"proxy_peer_gone", [] { PeerGone(true); }},
+                   {"proxy_long_waits", [] { LongWaits(true); }},
+                   {"proxy_one_probe", [] { OneProbe(true); }}},
                   argc, argv);
 }

@@ -78,6 +78,11 @@ struct Endpoint {
     proxy.log_num_entries = setup.log_num_wqes;
   }
 
+  // WRITEs handed out for posting so far.
+  std::uint64_t asked() {
+    return cuda::LoadAcquireSystem(proxy_thread == nullptr ? &state.reserved : &reserved);
+  }
+
   void Connect(Endpoint& peer) {
     nic.AddQueuePair({queue.qpn, reinterpret_cast<unsigned char*>(wqes.data()), 1u << queue.log_num_wqes, record,
                       &doorbell, reinterpret_cast<unsigned char*>(cqes.data()), 1u << queue.log_num_cqes, cq_record},

@@ -10,7 +10,19 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 import pytest
-from channel_peer import DTYPES, LIMIT_S, Mail, create, echo, ping, recv_all, running_peer, send_all
+from channel_peer import (
+    DEATH,
+    DTYPES,
+    LIMIT_S,
+    OVER_NETWORKS,
+    Mail,
+    create,
+    echo,
+    ping,
+    recv_all,
+    running_peer,
+    send_all,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -238,7 +250,11 @@ def send_then_recv(there, back):
 ASKED = Mail(step=12, layer=3)
 
 
-def test_peer_killed_while_we_recv(connect, mortal_peer, background):
+def death_as_told_by(kind):
+    return DEATH.get(kind, "the peer process has died")
+
+
+def test_peer_killed_while_we_recv(kind, connect, mortal_peer, background):
     there, back = connect(mortal_peer, "writer"), connect(mortal_peer, "reader")
     mortal_peer.start("recv_and_die", there.theirs, ASKED)
     waiting = background.submit(send_then_recv, there, back)
@@ -248,17 +264,17 @@ def test_peer_killed_while_we_recv(connect, mortal_peer, background):
     assert time.monotonic() - died < 2
     expected = (
         "recv of 'attended' (step 12, layer 3, batch 0) "
-        f"from the peer (pid {mortal_peer.pid}) failed: the peer process has died"
+        f"from the peer (pid {mortal_peer.pid}) failed: {death_as_told_by(kind)}"
     )
     assert isinstance(error, FAILS)
-    assert str(error) == f"UNAVAILABLE: {expected}"
-    assert back.mine.failure == expected
+    assert str(error).startswith(f"UNAVAILABLE: {expected}")
+    assert back.mine.failure in str(error)
     failure = back.mine.error()
     assert isinstance(failure, ChannelError)
-    assert (str(failure), failure.peer) == (expected, "the peer")
+    assert (str(failure), failure.peer) == (back.mine.failure, "the peer")
 
 
-def test_peer_killed_while_we_send_into_a_full_ring(connect, mortal_peer, background):
+def test_peer_killed_while_we_send_into_a_full_ring(kind, connect, mortal_peer, background):
     there = connect(mortal_peer, "writer", num_slots=2)
     mails = [Mail(layer=layer) for layer in range(4)]
     mortal_peer.start("recv_and_die", there.theirs, mails[0])
@@ -268,18 +284,18 @@ def test_peer_killed_while_we_send_into_a_full_ring(connect, mortal_peer, backgr
     error = waiting.exception(LIMIT_S)
     assert time.monotonic() - died < 2
     assert (
-        f"send of 'q' (step 0, layer 3, batch 0) to the peer (pid {mortal_peer.pid}) failed: the peer process"
+        f"send of 'q' (step 0, layer 3, batch 0) to the peer (pid {mortal_peer.pid}) failed: {death_as_told_by(kind)}"
         in str(error)
     )
 
 
-def test_messages_of_a_dead_peer_are_delivered(connect, mortal_peer):
+def test_messages_of_a_dead_peer_are_delivered(kind, connect, mortal_peer):
     back = connect(mortal_peer, "reader")
     mails = [Mail(layer=layer, seed=layer) for layer in range(3)]
     mortal_peer.start("send_and_die", back.theirs, mails)
     mortal_peer.join()
     assert_same(recv_all([back.mine], mails), mails)
-    with pytest.raises(FAILS, match=r"layer 3, batch 0\).*the peer process has died"):
+    with pytest.raises(FAILS, match=rf"layer 3, batch 0\).*{death_as_told_by(kind)}"):
         recv_all([back.mine], [Mail(layer=3)])
 
 
@@ -320,7 +336,7 @@ def test_peer_that_never_attaches_is_a_deadline_error(kind):
 
 
 def test_first_failure_is_final(connect, peer):
-    back = connect(peer, "reader", timeout_s=0.25)
+    back = connect(peer, "reader", timeout_s=1.0)
     with pytest.raises(FAILS, match="layer 5") as first:
         recv_all([back.mine], [Mail(layer=5)])
     start = time.monotonic()
@@ -328,7 +344,7 @@ def test_first_failure_is_final(connect, peer):
         with pytest.raises(FAILS, match=re.escape(str(first.value))):
             recv_all([back.mine], [Mail(layer=layer)])
     assert back.mine.failure in str(first.value)
-    assert time.monotonic() - start < 20 * 0.25
+    assert time.monotonic() - start < 20 * 1.0
     with pytest.raises(AssertionError, match=r"ABORTED: send of 'q'.*the peer has aborted the channel"):
         peer.do("send", back.theirs, [[Mail()]], [0])
 
@@ -463,9 +479,10 @@ def test_both_ends_know_each_other(connect, mortal_peer):
     assert connect(mortal_peer, "reader").mine.peer_pid == mortal_peer.pid
 
 
-def test_taken_end_is_refused(connect, peer):
+def test_taken_end_is_refused(kind, connect, peer):
     there = connect(peer, "writer")
-    for role in ("writer", "reader"):
+    # Without memory in common only whoever has taken the free end knows that it is taken.
+    for role in ("writer",) if kind in OVER_NETWORKS else ("writer", "reader"):
         with pytest.raises(ValueError, match=f"the {role} of the ring at .* is already taken: expected no {role}, got"):
             attach(there.address, role=role, peer="the peer")
 

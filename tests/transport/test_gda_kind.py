@@ -4,6 +4,7 @@ import ctypes
 import ipaddress
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -24,11 +25,12 @@ from lamina_jax.transport import (
     recv,
     send,
 )
+from lamina_jax.transport.rc_queue_pair import QpAddress
 from lamina_jax.transport.rdma_devices import RdmaPort, choose_port
 
 needs_calls = pytest.mark.skipif(gda._calls is None, reason="built without nvcc")
 without_gpu = pytest.mark.skipif(cuda.cuda_device_count() > 0, reason="there is a GPU")
-ROUTE = gda_link.LinkAddress(qpn=7, psn=9, lid=0, gid=bytes(range(16)), mtu=5)
+ROUTE = QpAddress(qpn=7, psn=9, lid=0, gid=bytes(range(16)), mtu=5)
 
 
 class FakeLink(gda_link.Link):
@@ -225,13 +227,13 @@ class Mlx5:
 
 def test_cpu_posts_and_says_so_once_per_gpu(caplog):
     gda_link._say_that_cpu_posts.cache_clear()
-    head, calls = gda_link._QpHead(qp_num=77), QueueCalls()
+    calls = QueueCalls()
     with caplog.at_level(logging.WARNING, logger="absl"):
         for gpu in (4, 4, 5, 4):
             link: Any = object.__new__(gda_link.Link)
             link.gpu, link._calls, link._mlx5 = gpu, calls, Mlx5()
-            link._qp, link._cq = ctypes.addressof(head), 0x99
-            assert link._describe_queue().uses_proxy
+            link._qp = SimpleNamespace(pointer=0x88, number=77)
+            assert link._describe_queue(0x99).uses_proxy
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [
         "GPU 4 cannot reach the doorbell of its NIC",
         "GPU 5 cannot reach the doorbell of its NIC",

@@ -110,7 +110,7 @@ def test_address_survives_a_control_connection(ring):
 def test_ring_under_thread_sanitizer(tmp_path, program, lines):
     here = pathlib.Path(__file__).parent
     calls = here.parent.parent / "custom_calls"
-    sources = [here / f"{program}.cc", calls / "shm_channel.cc", calls / "wording.cc"]
+    sources = [here / f"{program}.cc", calls / "channel_end.cc", calls / "shm_channel.cc", calls / "wording.cc"]
     flags = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fsanitize=thread"]
     flags += ["-Wl,--wrap=mmap,--wrap=munmap", f"-I{calls}", f"-I{calls / 'cuda'}"]
     binary = tmp_path / program

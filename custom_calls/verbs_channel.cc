@@ -1,0 +1,391 @@
+#include "verbs_channel.h"
+
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstddef>
+#include <cstring>
+#include <ctime>
+#include <fstream>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <utility>
+
+#include "system.h"
+#include "verbs_events.h"
+#include "verbs_library.h"
+
+namespace lamina {
+namespace {
+
+// What the immediate of a WRITE says.
+constexpr std::uint32_t kMessage = 1;
+constexpr std::uint32_t kWord = 2;
+
+constexpr std::uint64_t kReceive = ~std::uint64_t{0};  // wr_id of every receive; sends have their number
+constexpr int kBatch = 16;                             // completions taken at a time
+// Nothing comes back from a peer that has vanished unless something is sent to it.
+constexpr auto kProbeInterval = std::chrono::milliseconds(250);
+constexpr auto kLinger = std::chrono::seconds(2);
+constexpr auto kLingerLook = std::chrono::microseconds(200);
+
+template <typename T>
+T Acquire(const T& word) {
+  return __atomic_load_n(&word, __ATOMIC_ACQUIRE);
+}
+
+char* Map(std::uint64_t bytes) {
+  void* const data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+  if (data == MAP_FAILED) ThrowErrno(errno, "cannot map " + std::to_string(bytes) + " bytes");
+  // After a fork the parent's first write would move it to pages that the NIC does not know.
+  madvise(data, bytes, MADV_DONTFORK);
+  return static_cast<char*>(data);
+}
+
+}  // namespace
+
+Region::Region(std::uint64_t bytes) : bytes_(bytes), data_(Map(bytes)) {}
+Region::~Region() { munmap(data_, bytes_); }
+
+VerbsChannel::VerbsChannel(EndOptions options, std::unique_ptr<Region> region, std::uint32_t num_slots,
+                           std::uint64_t slot_bytes)
+    : ChannelEnd(std::move(options), region->data() + sizeof(RegionHeader), num_slots, slot_bytes),
+      region_(std::move(region)),
+      wakeup_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)),
+      owner_(getpid()) {
+  if (!wakeup_.open()) ThrowErrno(errno, "cannot make an eventfd");
+}
+
+VerbsChannel::~VerbsChannel() { Close(); }
+
+std::shared_ptr<VerbsChannel> VerbsChannel::Create(EndOptions options, std::uint32_t num_slots,
+                                                   std::uint64_t slot_bytes) {
+  slot_bytes = AlignToLine(slot_bytes);
+  auto region = std::make_unique<Region>(RegionBytes(num_slots, slot_bytes));
+  return std::shared_ptr<VerbsChannel>(
+      new VerbsChannel(std::move(options), std::move(region), num_slots, slot_bytes));
+}
+
+void VerbsChannel::Open(VerbsPort port) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    port_ = std::move(port);
+    const int error = PostReceives(port_.recv_depth);
+    if (error != 0) ThrowErrno(error, port_.where + " takes no receives");
+  }
+  TheVerbsEvents().Listen(port_.qp, port_.cq, [this](const std::string& why) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      Lost(why + " (" + port_.where + ")");
+    }
+    Wake();
+  });
+}
+
+void VerbsChannel::Connect(VerbsPeer peer) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  peer_ = std::move(peer);
+  peer_pid_.store(peer_.pid, std::memory_order_release);
+  connected_.store(true, std::memory_order_release);
+}
+
+std::string VerbsChannel::PeerLabel() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return PeerName(options_.peer, peer_.pid, peer_.host);
+}
+
+bool VerbsChannel::Ready() {
+  if (options_.role == Role::kReader) {
+    if (arrived_.load(std::memory_order_acquire) > next()) return true;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Drain();
+    return arrived_.load(std::memory_order_acquire) > next();
+  }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const bool room = posted_ - completed_ + 2 <= port_.send_depth;
+  if (!room || next() >= Acquire(header()->credit) + num_slots()) Drain();
+  return posted_ - completed_ + 2 <= port_.send_depth && next() < Acquire(header()->credit) + num_slots();
+}
+
+std::uint32_t VerbsChannel::stop() {
+  const std::uint64_t mine = own_stop_.load(std::memory_order_seq_cst), theirs = Acquire(header()->peer_stop);
+  const Role role = options_.role, peer = PeerRole();
+  std::uint32_t bits = 0;
+  if (mine & kStopClosed) bits |= ClosedBit(role);
+  if (mine & kStopAborted) bits |= AbortedBit(role);
+  if (theirs & kStopClosed) bits |= ClosedBit(peer);
+  if (theirs & kStopAborted) bits |= AbortedBit(peer);
+  return bits;
+}
+
+std::string VerbsChannel::PeerLoss() {
+  ibv_context* device = nullptr;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (port_.qp != nullptr) device = port_.qp->context;
+  }
+  if (device != nullptr) TheVerbsEvents().Take(device);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  Drain();
+  if (loss_.empty()) Probe();
+  return loss_;
+}
+
+void VerbsChannel::BeginDoze() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (port_.qp != nullptr) ibv_req_notify_cq(port_.cq, 0);
+}
+
+void VerbsChannel::Doze(Nanoseconds, Nanoseconds left) {
+  int events = -1;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (port_.qp != nullptr) events = port_.cq->channel->fd;
+    dozing_ = true;
+  }
+  const auto limit = std::min<Nanoseconds>(kSlice, left).count();
+  const timespec wait{static_cast<time_t>(limit / 1000000000), static_cast<long>(limit % 1000000000)};
+  pollfd sources[2] = {{wakeup_.get(), POLLIN, 0}, {events, POLLIN, 0}};
+  const int ready = ppoll(sources, 2, &wait, nullptr);
+  dozing_ = false;
+  if (ready <= 0) return;
+  if (sources[0].revents != 0) {
+    std::uint64_t count;
+    [[maybe_unused]] const auto read_bytes = read(wakeup_.get(), &count, sizeof(count));
+  }
+  if (sources[1].revents == 0) return;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (port_.qp != nullptr) TheVerbsLibrary().TakeEvent(port_.cq);
+}
+
+Status VerbsChannel::Advance(const Message& message) {
+  int error = 0;
+  std::string why;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::uint64_t done = next() + 1;
+    if (port_.qp == nullptr) {
+      why = kSelfClosed;
+    } else if (options_.role == Role::kWriter) {
+      error = PostMessage(message);
+    } else if (done - credited_ >= CreditBatch(num_slots())) {
+      credited_ = done;
+      error = PostWord(offsetof(RegionHeader, credit), done, true);
+    }
+    if (error != 0) {
+      Drain();
+      Lost(PostFailed(error));
+      // What has arrived can be read though the peer is gone.
+      if (options_.role == Role::kWriter) why = loss_;
+    }
+  }
+  return why.empty() ? Status{} : Fail(message, Code::kUnavailable, why);
+}
+
+int VerbsChannel::PostReceives(std::uint32_t count) {
+  ibv_recv_wr requests[kBatch];
+  while (count > 0) {
+    const std::uint32_t some = std::min<std::uint32_t>(count, kBatch);
+    for (std::uint32_t i = 0; i < some; ++i) {
+      requests[i] = ibv_recv_wr{};
+      requests[i].wr_id = kReceive;
+      requests[i].next = i + 1 < some ? &requests[i + 1] : nullptr;
+    }
+    ibv_recv_wr* bad = nullptr;
+    if (const int error = ibv_post_recv(port_.qp, requests, &bad); error != 0) return error;
+    count -= some;
+  }
+  return 0;
+}
+
+int VerbsChannel::PostMessage(const Message& message) {
+  SlotHeader* const slot = Slot(next());
+  slot->published.store(next() + 1, std::memory_order_relaxed);
+  const auto start = reinterpret_cast<std::uint64_t>(slot);
+  const std::uint64_t there = peer_.region + (start - reinterpret_cast<std::uint64_t>(region_->data()));
+  const std::uint64_t whole = sizeof(SlotHeader) + message.payload_bytes;
+  constexpr std::uint64_t kWordBytes = sizeof(slot->published);
+
+  ibv_sge parts[2];
+  ibv_send_wr requests[2] = {};
+  ibv_send_wr &body = requests[0], &sequence = requests[1];
+  const bool fits = whole <= port_.max_inline;
+  parts[0] = {start + kWordBytes, static_cast<std::uint32_t>(whole - kWordBytes), port_.lkey};
+  body.sg_list = &parts[0];
+  body.num_sge = 1;
+  body.opcode = IBV_WR_RDMA_WRITE;
+  body.wr.rdma.remote_addr = there + kWordBytes;
+  body.wr.rdma.rkey = peer_.rkey;
+  body.next = &sequence;
+  parts[1] = {start, static_cast<std::uint32_t>(fits ? whole : kWordBytes), port_.lkey};
+  sequence.sg_list = &parts[1];
+  sequence.num_sge = 1;
+  sequence.opcode = IBV_WR_RDMA_WRITE_WITH_IMM;
+  sequence.imm_data = htobe32(kMessage);
+  sequence.send_flags = IBV_SEND_INLINE;
+  sequence.wr.rdma.remote_addr = there;
+  sequence.wr.rdma.rkey = peer_.rkey;
+  return fits ? Post(&sequence, &sequence, 1) : Post(&body, &sequence, 2);
+}
+
+int VerbsChannel::PostWord(std::uint64_t offset, std::uint64_t value, bool wake) {
+  ibv_sge part{reinterpret_cast<std::uint64_t>(&value), sizeof(value), 0};
+  ibv_send_wr request{};
+  request.sg_list = &part;
+  request.num_sge = 1;
+  request.opcode = wake ? IBV_WR_RDMA_WRITE_WITH_IMM : IBV_WR_RDMA_WRITE;
+  request.imm_data = htobe32(kWord);
+  request.send_flags = IBV_SEND_INLINE;
+  request.wr.rdma.remote_addr = peer_.region + offset;
+  request.wr.rdma.rkey = peer_.rkey;
+  return Post(&request, &request, 1);
+}
+
+// A completion is asked for often enough that the queue never fills with requests of which none would tell.
+int VerbsChannel::Post(ibv_send_wr* first, ibv_send_wr* last, std::uint32_t count) {
+  const std::uint64_t number = posted_ + count;
+  last->wr_id = number;
+  const bool signal = probing_ || number - signaled_ >= port_.send_depth / 4;
+  if (signal) last->send_flags |= IBV_SEND_SIGNALED;
+  ibv_send_wr* bad = nullptr;
+  if (const int error = ibv_post_send(port_.qp, first, &bad); error != 0) return error;
+  posted_ = number;
+  if (signal) signaled_ = number;
+  return 0;
+}
+
+void VerbsChannel::Drain() {
+  if (port_.qp == nullptr) return;
+  ibv_wc completions[kBatch];
+  std::uint32_t received = 0;
+  int count;
+  do {
+    count = ibv_poll_cq(port_.cq, kBatch, completions);
+    for (int i = 0; i < count; ++i) {
+      Take(completions[i]);
+      received += completions[i].wr_id == kReceive ? 1 : 0;
+    }
+  } while (count == kBatch);
+  if (count < 0) Lost("the completion queue of " + port_.where + " is broken");
+  if (received > 0 && loss_.empty()) {
+    if (const int error = PostReceives(received); error != 0) Lost(PostFailed(error));
+  }
+}
+
+void VerbsChannel::Take(const ibv_wc& completion) {
+  if (completion.status != IBV_WC_SUCCESS) {
+    // The first says why, the rest were flushed.
+    Lost(Explain(completion));
+    return;
+  }
+  if (completion.wr_id != kReceive) {
+    completed_ = completion.wr_id;
+  } else if (completion.imm_data == htobe32(kMessage)) {
+    arrived_.fetch_add(1, std::memory_order_release);
+  }
+}
+
+// Writes to the peer what it knows already. If nobody is there any more, the NIC says so after its retries.
+void VerbsChannel::Probe() {
+  const auto now = Clock::now();
+  if (port_.qp == nullptr || !connected_ || completed_ < signaled_ || now - last_probe_ < kProbeInterval) return;
+  if (posted_ - completed_ + 2 > port_.send_depth) return;
+  last_probe_ = now;
+  probing_ = true;
+  const int error = PostWord(offsetof(RegionHeader, peer_stop), own_stop_.load(), false);
+  probing_ = false;
+  if (error != 0) Lost(PostFailed(error));
+}
+
+void VerbsChannel::Lost(const std::string& why) {
+  if (loss_.empty()) loss_ = why;
+}
+
+std::string VerbsChannel::Explain(const ibv_wc& completion) const {
+  const std::string said = std::string(TheVerbsLibrary().status_text(completion.status)) + ", status " +
+                           std::to_string(completion.status) + " of " + port_.where;
+  switch (completion.status) {
+    case IBV_WC_RETRY_EXC_ERR:
+      return "the peer does not answer any more: its process or host has died, or the link is down (" + said +
+             PortState() + ")";
+    case IBV_WC_REM_ACCESS_ERR:
+    case IBV_WC_REM_INV_REQ_ERR:
+    case IBV_WC_REM_OP_ERR:
+      return "the peer's NIC refused to write to its memory (" + said + ")";
+    case IBV_WC_WR_FLUSH_ERR:
+      return "the queue pair has failed (" + said + ")";
+    default:
+      return "RDMA failed (" + said + ")";
+  }
+}
+
+// Empty while the port of this end is up.
+std::string VerbsChannel::PortState() const {
+  std::string state;
+  std::getline(std::ifstream(port_.state_file), state);
+  return state.empty() || state.find("ACTIVE") != std::string::npos ? "" : "; its port is " + state;
+}
+
+std::string VerbsChannel::PostFailed(int error) const {
+  return port_.where + " takes no requests: " + std::generic_category().message(error);
+}
+
+void VerbsChannel::Abort() { Stop(kStopAborted); }
+
+// The word only grows, so that the peer sees the stronger of two stops whichever comes last.
+void VerbsChannel::Stop(std::uint64_t value) {
+  if (getpid() != owner_) return;
+  const std::uint64_t before = own_stop_.fetch_or(value, std::memory_order_seq_cst);
+  Wake();
+  if ((before & value) != 0 || !connected_) return;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (port_.qp == nullptr || !loss_.empty() || PeerIsDone()) return;
+  Drain();
+  if (posted_ - completed_ + 2 > port_.send_depth) return;
+  PostWord(offsetof(RegionHeader, peer_stop), before | value, true);
+}
+
+// Who has stopped reads nothing any more, and may have no queue pair.
+bool VerbsChannel::PeerIsDone() const { return Acquire(header()->peer_stop) != 0; }
+
+void VerbsChannel::Wake() {
+  const std::uint64_t one = 1;
+  [[maybe_unused]] const auto written = write(wakeup_.get(), &one, sizeof(one));
+}
+
+void VerbsChannel::Close() {
+  if (getpid() != owner_) return;
+  Stop(kStopClosed);
+  const auto deadline = Clock::now() + kLinger;
+  while (!Quiet() && Clock::now() < deadline) std::this_thread::sleep_for(kLingerLook);
+  ibv_qp* qp = nullptr;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    qp = std::exchange(port_.qp, nullptr);
+  }
+  TheVerbsEvents().Forget(qp);
+  // A sleeper looks at the file of the completion queue. It was woken.
+  while (dozing_) std::this_thread::sleep_for(kLingerLook);
+}
+
+// Whether all that was sent has arrived, or never will.
+bool VerbsChannel::Quiet() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (port_.qp == nullptr || !connected_) return true;
+  Drain();
+  if (!loss_.empty() || completed_ == posted_ || PeerIsDone()) return true;
+  if (completed_ == signaled_) {
+    probing_ = true;
+    const int error = PostWord(offsetof(RegionHeader, peer_stop), own_stop_.load(), false);
+    probing_ = false;
+    return error != 0;
+  }
+  return false;
+}
+
+}  // namespace lamina

@@ -1,0 +1,111 @@
+"""What `scripts/rdma_test.py` looks at, in one list."""
+
+import re
+import sys
+from collections.abc import Iterator
+from typing import Final
+
+from lamina_jax.testing.rdma.channel_checks import (
+    BANDWIDTH_NBYTES,
+    BREAKAGE_LIMIT_S,
+    LATENCY_NBYTES,
+    beside_perftest,
+    breakage,
+)
+from lamina_jax.testing.rdma.machines import DEVICE, GID_INDEX, LOOPBACK_DEVICE, Machine
+from lamina_jax.testing.rdma.perftest import write_bandwidth, write_latency
+from lamina_jax.testing.rdma.report import Row, failed, judged, passed
+from lamina_jax.testing.rdma.runner import Check
+from lamina_jax.transport import channel_kinds
+
+CONFORMANCE_LIMIT_S: Final = 240.0
+
+_CONFORMANCE_FILE: Final = "tests/transport/test_channel.py"
+_CONFORMANCE_TESTS: Final = (
+    "test_message_arrives_unchanged",
+    "test_round_trips_in_a_scan",
+    "test_full_ring_is_a_deadline_error",
+    "test_peer_killed_while_we_recv",
+)
+"""Not all, as JAX is 20 times slower in a machine."""
+
+
+def devices(machines: tuple[Machine, ...]) -> Iterator[Row]:
+    """Every machine has its RDMA devices, and pyverbs opens them."""
+    script = f"""
+import pyverbs.device as d
+for found in d.get_device_list():
+    name = found.name.decode()
+    with d.Context(name=name) as context:
+        port = context.query_port(1)
+        print(name, "state", port.state, "mtu", 128 << port.active_mtu, "gid", context.query_gid(1, {GID_INDEX}))
+"""
+    for machine in machines:
+        wanted = [DEVICE] if len(machines) == 2 else [DEVICE, LOOPBACK_DEVICE]
+        lines = machine.run([sys.executable, "-c", script], timeout_s=60, name="pyverbs").splitlines()
+        active = {line.split()[0] for line in lines if "state 4" in line}
+        detail = "; ".join(lines) or "pyverbs finds none"
+        yield judged(f"devices of machine {machine.name}", active == set(wanted), detail)
+
+
+def perftest_link(machines: tuple[Machine, ...]) -> Iterator[Row]:
+    """Figures of perftest between two machines."""
+    server, client = machines
+    yield from _perftest(server, client, device=DEVICE, address=server.address)
+
+
+def _perftest(server: Machine, client: Machine, *, device: str, address: str) -> Iterator[Row]:
+    for nbytes in LATENCY_NBYTES:
+        got = write_latency(
+            server, client, device=device, nbytes=nbytes, address=address, iterations=1000 if nbytes < 4096 else 200
+        )
+        yield passed(
+            f"ib_write_lat {nbytes} B, {device}",
+            f"median {got.median_us:.1f} us, 99 % {got.p99_us:.1f} us, of {got.iterations}",
+        )
+    got = write_bandwidth(server, client, device=device, nbytes=BANDWIDTH_NBYTES, address=address, iterations=50)
+    yield passed(f"ib_write_bw {BANDWIDTH_NBYTES >> 20} MB, {device}", f"mean {got.mean_mib_s:.1f} MiB/s")
+
+
+def packet_loss(machines: tuple[Machine, ...]) -> Iterator[Row]:
+    """Packets that the link loses are sent again."""
+    server, client = machines
+    for machine in machines:
+        machine.set_loss(1.0)
+    got = write_latency(server, client, device=DEVICE, nbytes=2, iterations=500)
+    counted = re.search(r"dropped (\d+)", client.run(["tc", "-s", "qdisc", "show", "dev", "eth0"], timeout_s=20))
+    dropped = int(counted[1]) if counted else 0
+    yield judged(
+        "ib_write_lat 2 B with 1 % loss", dropped > 0, f"median {got.median_us:.1f} us; {dropped} packets were dropped"
+    )
+
+
+def conformance(machines: tuple[Machine, ...]) -> Iterator[Row]:
+    """The conformance tests of channels, for each kind that there is."""
+    (machine,) = machines
+    kinds = [kind for kind in ("shm", "tcp", "verbs") if kind in channel_kinds()]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers"]
+    job = machine.start(
+        [*command, "-k", f"({' or '.join(kinds)}) and ({' or '.join(_CONFORMANCE_TESTS)})", _CONFORMANCE_FILE],
+        env={"LAMINA_RDMA_DEVICE": LOOPBACK_DEVICE},
+        name="conformance",
+    )
+    status = job.wait(timeout_s=CONFORMANCE_LIMIT_S)
+    for kind in kinds:
+        outcomes = re.findall(rf"^\S+::(\w+)\[\S*\b{kind}\b\S*\] (\w+)", job.output, re.MULTILINE)
+        wrong = [test for test, outcome in outcomes if outcome != "PASSED"]
+        detail = f"{len(outcomes) - len(wrong)} of {len(outcomes)} tests passed; {', '.join(wrong)}".rstrip("; ")
+        yield judged(f"conformance of {kind}", bool(outcomes) and not wrong, detail)
+    if status != 0:
+        yield failed("conformance", f"pytest ended with status {status}: {job.output.strip().splitlines()[-1]}")
+
+
+CHECKS: Final = (
+    Check(name="devices", run=devices, num_machines=1, limit_s=60),
+    Check(name="channel beside perftest", run=beside_perftest, num_machines=1, limit_s=180),
+    Check(name="breakage", run=breakage, num_machines=1, limit_s=BREAKAGE_LIMIT_S + 10),
+    Check(name="conformance", run=conformance, num_machines=1, limit_s=CONFORMANCE_LIMIT_S + 10),
+    Check(name="two devices", run=devices, num_machines=2, limit_s=60),
+    Check(name="two perftest", run=perftest_link, num_machines=2, limit_s=120),
+    Check(name="two with loss", run=packet_loss, num_machines=2, limit_s=60),
+)

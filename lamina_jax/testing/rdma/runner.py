@@ -1,0 +1,140 @@
+"""Runs checks in virtual machines, each within its time, and makes rows of what they find."""
+
+import contextlib
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+from lamina_jax.testing.rdma.image import Image
+from lamina_jax.testing.rdma.machines import Machine, machines
+from lamina_jax.testing.rdma.report import Row, failed, passed
+
+_LEAST_S: Final = 5.0
+"""A check that would get less than that is not begun."""
+_GRACE_S: Final = 30.0
+"""How long machines may live beyond the end of all checks."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Check:
+    """Something to find out in machines.
+
+    Attributes:
+        name: Of its rows, if it yields none or fails.
+        run: Given the machines, yields rows; their seconds are filled in. To raise is to fail.
+        num_machines: How many it needs: 1 or 2.
+        limit_s: Seconds after which it is interrupted.
+    """
+
+    name: str
+    run: Callable[[tuple[Machine, ...]], Iterator[Row]]
+    num_machines: int
+    limit_s: float
+
+
+class _TimeUpError(BaseException):
+    """Raised in the main thread by a clock; no handler of mere errors catches it."""
+
+
+class Runner:
+    """Runs checks in the main thread, within a time that they have together.
+
+    Attributes:
+        rows: What was found so far.
+    """
+
+    def __init__(self, *, image: Image, folder: Path, limit_s: float, show: Callable[[Row], None]):
+        """Args:
+        image: What machines boot from.
+        folder: For what machines and jobs write.
+        limit_s: Seconds that all checks may take together.
+        show: Called with every row as it comes.
+        """
+        self.rows: list[Row] = []
+        self._image = image
+        self._folder = folder
+        self._deadline = time.monotonic() + limit_s
+        self._limit_s = limit_s
+        self._show = show
+        self._num_boots = 0
+
+    def run(self, checks: Sequence[Check]) -> None:
+        """Runs all, first those that need one machine. Those that need equally many share a boot.
+
+        Between two checks the machines are reset. A check that left a process or a file behind has failed, but for
+        jobs of its own that still run: these are killed. Machines that are gone are booted again.
+        """
+        for count in (1, 2):
+            waiting = [check for check in checks if check.num_machines == count]
+            while waiting:
+                num_waiting = len(waiting)
+                self._boot(count, waiting)
+                if len(waiting) == num_waiting:
+                    self._note(failed(waiting.pop(0).name, "no machine to run it in"), time.monotonic())
+
+    def _boot(self, count: int, waiting: list[Check]) -> None:
+        """Runs checks in one boot, and takes them off the list, until they are done or a machine is gone."""
+        start = time.monotonic()
+        self._num_boots += 1
+        name = f"boot {self._num_boots}: {count} machine{'s' * (count > 1)}"
+        limit_s = max(self._deadline - start, 0.0) + _GRACE_S
+        try:
+            with machines(
+                count, folder=self._folder / f"boot-{self._num_boots}", image=self._image, limit_s=limit_s
+            ) as booted:
+                self._note(passed(name), start)
+                while waiting and all(machine.alive for machine in booted):
+                    self._check(waiting.pop(0), booted)
+        except Exception as error:
+            self._note(failed(name, _words(error)), start)
+
+    def _check(self, check: Check, booted: tuple[Machine, ...]) -> None:
+        start = time.monotonic()
+        limit_s = min(check.limit_s, self._deadline - start)
+        if limit_s < min(check.limit_s, _LEAST_S):
+            self._note(failed(check.name, f"not begun: the {self._limit_s:.0f} s of all checks were up"), start)
+            return
+        num_rows = len(self.rows)
+        try:
+            with _time_limit(limit_s):
+                for row in check.run(booted):
+                    self._note(row, start)
+                    start = time.monotonic()
+            if len(self.rows) == num_rows:
+                self._note(failed(check.name, "found nothing to check"), start)
+        except _TimeUpError:
+            self._note(failed(check.name, f"its time was up after {limit_s:.0f} s"), start)
+        except Exception as error:
+            self._note(failed(check.name, _words(error)), start)
+        start = time.monotonic()
+        for machine in booted:
+            if machine.alive and (left := machine.reset()):
+                self._note(failed(check.name, f"left behind on machine {machine.name}: {', '.join(left)}"), start)
+
+    def _note(self, row: Row, start: float) -> None:
+        self.rows.append(dataclasses.replace(row, seconds=time.monotonic() - start))
+        self._show(self.rows[-1])
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raises _TimeUpError in the main thread, which must be this one, when the time is up."""
+
+    def ring(_signal: int, _frame: FrameType | None) -> None:
+        raise _TimeUpError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

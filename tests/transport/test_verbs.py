@@ -1,0 +1,173 @@
+"""What only channels over RDMA promise. Needs an RDMA device: `make rdma-test` runs this in a virtual machine."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+import pytest
+from channel_peer import Mail, recv_all, send_all
+
+from lamina_jax import _custom_calls
+from lamina_jax.transport import Channel, ChannelAddress, attach, rc_queue_pair, verbs
+
+FAILS = jax.errors.JaxRuntimeError
+ERROR_STATE = 6  # IBV_QPS_ERR
+DEATH = "the peer does not answer any more: its process or host has died, or the link is down"
+
+needs_device = pytest.mark.skipif(verbs.rdma_problem() is not None, reason=str(verbs.rdma_problem()))
+
+
+@pytest.fixture
+def join() -> Iterator[Callable[..., tuple[verbs.VerbsChannel, verbs.VerbsChannel]]]:
+    """Makes a channel, both of whose ends are here: (writer, reader)."""
+    made: list[Channel] = []
+
+    def join(**options) -> tuple[verbs.VerbsChannel, verbs.VerbsChannel]:
+        options = {"slot_bytes": 4096, "num_slots": 4, "timeout_s": 30.0} | options
+        writer = verbs.VerbsChannel.create(role="writer", peer="the reader", messages=[], **options)
+        made.append(writer)
+        reader = attach(writer.address, role="reader", peer="the writer", timeout_s=options["timeout_s"])
+        made.append(reader)
+        writer.connect(reader.answer)
+        assert isinstance(reader, verbs.VerbsChannel)
+        return writer, reader
+
+    yield join
+    for channel in made:
+        channel.close()
+
+
+def move(channel: Channel, count: int = 1) -> None:
+    """Sends, or receives, messages of 64 bytes, without XLA. Raises RuntimeError."""
+    _custom_calls.stream(channel.id, 64, count)
+
+
+def break_queue_pair(channel: verbs.VerbsChannel) -> None:
+    qp = channel._end._qp
+    qp._modify(rc_queue_pair._QpAttr(qp_state=ERROR_STATE), 1, "ERR")
+
+
+def device_of(channel: verbs.VerbsChannel) -> str:
+    return re.escape(channel._end._device.name)
+
+
+@needs_device
+@pytest.mark.parametrize("num_floats", [0, 1, 32, 48, 49, 1024])
+def test_inline_or_not_all_bytes_arrive(join, num_floats):
+    writer, reader = join(num_slots=2)
+    mails = [Mail(shapes=((num_floats,),), layer=layer, seed=layer) for layer in range(5)]
+    for mail in mails:
+        send_all([writer], [mail])
+        ((got,),) = recv_all([reader], [mail])
+        np.testing.assert_array_equal(got, mail.contents()[0])
+
+
+@needs_device
+def test_queue_pair_that_fails_is_an_error_at_both_ends(join):
+    writer, reader = join()
+    move(writer)
+    move(reader)
+    break_queue_pair(reader)
+    start = time.monotonic()
+    with pytest.raises(
+        RuntimeError, match=rf"recv .* from the writer .*the queue pair has failed .*{device_of(reader)}"
+    ):
+        move(reader)
+    with pytest.raises(RuntimeError, match=rf"send .* to the reader .*({DEATH}|has aborted)"):
+        move(writer, 100)
+    assert time.monotonic() - start < 30  # the timeout of one wait
+
+
+@needs_device
+def test_peer_that_has_gone_before_the_first_message(join):
+    """Half open: the creator learns of the other end, which is not there any more."""
+    writer = verbs.VerbsChannel.create(role="writer", peer="the reader", messages=[], num_slots=2, timeout_s=30.0)
+    reader = attach(writer.address, role="reader", peer="the writer")
+    answer = reader.answer
+    reader.close()
+    with writer:
+        writer.connect(answer)
+        with pytest.raises(
+            RuntimeError, match=rf"to the reader \(pid {os.getpid()}\) failed: {DEATH}.*{device_of(writer)}"
+        ):
+            move(writer, 3)
+
+
+@needs_device
+def test_completion_queue_that_overruns_is_an_error(join, monkeypatch):
+    class Small(rc_queue_pair.CompletionQueue):
+        def __init__(self, pd, depth, *, wakes):
+            del depth
+            super().__init__(pd, 1, wakes=wakes)
+
+    monkeypatch.setattr(verbs, "CompletionQueue", Small)
+    writer, reader = join(num_slots=8)
+    move(writer, 8)
+    with pytest.raises(RuntimeError, match=rf"failed: the device reports: .*CQ.*{device_of(reader)}"):
+        move(reader, 9)
+
+
+@needs_device
+def test_memory_that_may_not_be_locked_is_refused():
+    """As a user whose `ulimit -l` is 64 KB."""
+    program = """
+import os, resource
+from lamina_jax.transport import verbs
+verbs.rdma_device()
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536))
+os.setresuid(65534, 65534, 65534)
+try:
+    verbs.VerbsChannel.create(role="writer", peer="the peer", messages=[], slot_bytes=1 << 20, num_slots=8)
+except OSError as error:
+    print(error)
+os._exit(0)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert re.search(r"the NIC cannot register \d+ bytes of memory: .*`ulimit -l`", run.stdout), run
+
+
+@needs_device
+def test_closing_gives_everything_back(join):
+    def resources() -> list[int]:
+        run = subprocess.run(["rdma", "resource", "show"], capture_output=True, text=True, timeout=60, check=True)
+        return [sum(map(int, re.findall(rf"\b{kind} (\d+)", run.stdout))) for kind in ("qp", "cq", "mr")]
+
+    before = resources()
+    for _ in range(3):
+        writer, reader = join()
+        move(writer)
+        move(reader)
+        assert resources() > before
+        writer.close()
+        reader.close()
+    assert resources() == before
+
+
+@needs_device
+def test_unknown_device_is_refused():
+    with pytest.raises(
+        OSError, match=r"verbs channels need the RDMA device mlx9 with an active port .*; RDMA devices: rxe"
+    ):
+        verbs.VerbsChannel.create(role="writer", peer="the peer", messages=[], nic="mlx9")
+
+
+@pytest.mark.skipif(verbs.rdma_problem() is None, reason="there is all that verbs needs")
+def test_what_is_missing_is_said():
+    with pytest.raises(OSError, match=r"verbs channels need (an RDMA device|pyverbs|the custom calls of RDMA)"):
+        verbs.VerbsChannel.create(role="writer", peer="the peer", messages=[])
+
+
+def test_large_slots_are_refused():
+    with pytest.raises(ValueError, match="slot_bytes must be below 2 GB"):
+        verbs.VerbsChannel.create(role="writer", peer="the peer", messages=[], slot_bytes=1 << 31)
+
+
+def test_senseless_address_is_refused():
+    address = ChannelAddress(kind="verbs", location="?", num_slots=1, slot_bytes=64, creator_role="writer")
+    with pytest.raises(ValueError, match="expected how to reach the writer's end of a verbs channel, got '\\?'"):
+        attach(address, role="reader", peer="the writer")
