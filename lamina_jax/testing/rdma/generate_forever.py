@@ -23,7 +23,7 @@ SETTINGS = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 4, "timeout
 def tokens_of(llm: LLM) -> list[list[int]]:
     """What the model says to PROMPTS."""
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], PARAMS, use_tqdm=False)
-    return [output.outputs[0].token_ids for output in outputs]
+    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 def main(cluster: str, model: str) -> None:
