@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from channel_peer import LIMIT_S, Mail, create, recv_all, send_all
 
-from lamina_jax.transport import Channel, ChannelAddress, Tag, attach, tcp
+from lamina_jax.transport import Channel, ChannelAddress, Role, Tag, attach, tcp
 
 FAILS = jax.errors.JaxRuntimeError
 HERE = pathlib.Path(__file__).parent
@@ -94,7 +94,7 @@ def close_later():
 def faked(close_later):
     """An end under test and the line of the fake peer at the other: `faked("reader")` is told by a fake writer."""
 
-    def make(role: str, **options) -> tuple[Channel, Line]:
+    def make(role: Role, **options) -> tuple[Channel, Line]:
         theirs = "writer" if role == "reader" else "reader"
         options = {"num_slots": 2, "slot_bytes": 4096, "timeout_s": 30.0} | options
         address = create("tcp", role=theirs, peer="", messages=[], **options).address
@@ -480,6 +480,19 @@ def test_reader_killed_during_large_transfers(mortal_peer, close_later):
     mortal_peer.start("recv_and_die", theirs, large[0])
     with pytest.raises(FAILS, match="the peer process has died"):
         send_all([mine], large)
+
+
+@pytest.mark.parametrize(("end", "words"), [("close", "has closed"), ("abort", "has aborted")])
+def test_reader_that_stops_during_large_transfers(mortal_peer, close_later, background, end, words):
+    """What it leaves unread does not turn its last word into a broken connection."""
+    mine = create("tcp", role="writer", peer="the peer", messages=[], num_slots=3, slot_bytes=4 << 20)
+    close_later(mine)
+    theirs = mortal_peer.join_to(mine)
+    large = mails(20, words=1 << 20)
+    sending = background.submit(send_all, [mine], large)
+    mortal_peer.do("recv", theirs, [large[:2]], [0])
+    mortal_peer.do("end", theirs, end)
+    assert f"the peer {words} the channel" in str(sending.exception(LIMIT_S))
 
 
 def test_stopped_peer_without_room_is_not_lost(mortal_peer, close_later):
