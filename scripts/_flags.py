@@ -235,9 +235,9 @@ def _choose_platforms() -> None:
 def _platform() -> str:
     """Where this process runs programs. That of a cluster's engine runs none."""
     if "platform" in FLAGS:
-        return FLAGS["platform"].value
+        return FLAGS.platform
     if "model_platform" in FLAGS and not FLAGS["cluster"].value:
-        return FLAGS["model_platform"].value
+        return FLAGS.model_platform
     return "cpu"
 
 
