@@ -60,7 +60,7 @@ def test_help_shows_the_usage_and_every_flag(script):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert f"python scripts/{script} --model=DIR" in done.stdout
-    for flag in ("model", "max_tokens", "top_p", "num_attention_workers", "dtype", "page_size", "stop"):
+    for flag in ("model", "cluster", "max_tokens", "top_p", "num_attention_workers", "dtype", "page_size", "stop"):
         assert f"  --{flag}:" in done.stdout
 
 
@@ -80,6 +80,8 @@ def test_generate_prints_prompts_and_texts():
         (["--model=m", "--prompt=a", "--top_p=1.5"], "top_p must be in (0, 1], got 1.5."),
         (["--model=m", "--prompt=bad"], "The prompt is bad."),
         (["--model=missing", "--prompt=a"], "No config.json in missing"),
+        (["--model=m", "--prompt=a", "--cluster=c.py"], "no cluster file at c.py; see configs/clusters/ for examples"),
+        (["--check"], "--cluster is required; see --help"),
         (["--dtype=int8"], "flag --dtype=int8: value should be one of <auto|float32|bfloat16|float16>"),
         (["--promt=m"], "Unknown command line flag 'promt'. Did you mean: prompt ?"),
     ],
@@ -90,6 +92,14 @@ def test_generate_reports_mistakes_in_one_line(arguments, message):
     lines = [line for line in done.stderr.splitlines() if not line.startswith(("options", "closed"))]
     assert lines == [f"generate.py: error: {message}"]
     assert done.stdout == ""
+
+
+def test_generate_gives_the_engine_its_cluster():
+    done = run("generate.py", "--model=m", "--prompt=a", "--cluster=configs/clusters/loopback.py")
+    assert done.returncode == 0, done.stderr
+    assert "'cluster': Cluster(model_worker='tcp://127.0.0.1:7100'" in done.stderr
+    alone = run("generate.py", "--model=m", "--prompt=a")
+    assert "cluster" not in alone.stderr
 
 
 def test_ctrl_c_is_quiet_and_closes_the_engine():

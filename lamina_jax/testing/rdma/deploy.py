@@ -4,12 +4,12 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
 from lamina_jax.testing.doc_commands import Commands, read_commands
-from lamina_jax.testing.rdma.machines import ROOT, Machine
+from lamina_jax.testing.rdma.machines import ROOT, JobError, Machine
 from lamina_jax.testing.rdma.report import Row, judged, passed
 from lamina_jax.testing.tiny import write_tiny_checkpoint
 
@@ -30,11 +30,19 @@ def deploy(machines: tuple[Machine, ...]) -> Iterator[Row]:
     for block in read_commands(DOCUMENT):
         name = f"deploy.md line {block.line}"
         jobs = [by_name[host].start(_bash(block.script), name=name) for host in block.hosts]
-        outputs = [job.check(_BLOCK_LIMIT_S) for job in jobs]
+        try:
+            outputs = [job.check(_BLOCK_LIMIT_S) for job in jobs]
+        except JobError as error:
+            raise JobError(f"{error}\n{_logs(machines)}") from error
         yield passed(f"{name} on {' and '.join(block.hosts)}")
         if _CLUSTER in block.script and _MODEL in block.script:
             got, expected = _texts(outputs[0]), _texts(_on_one_host(block, model))
             yield judged("deploy.md: its tokens", got == expected, f"{got}, expected {expected}")
+
+
+def _logs(machines: Iterable[Machine]) -> str:
+    """What the workers have written."""
+    return "\n".join(m.run(["bash", "-c", "tail -n 20 *_worker*.log"], timeout_s=60.0, name="logs") for m in machines)
 
 
 def _bash(script: str) -> list[str]:
