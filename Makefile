@@ -4,6 +4,8 @@ BIN := $(VENV)/bin
 # pyenv picks the version in .python-version for a bare `python`; elsewhere python3.12 is what distributions call it.
 PYTHON ?= $(shell command -v python3.12 || echo python3.12)
 INSTALLED := $(VENV)/.installed
+INSTALL_PROJECT := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	--no-build-isolation --editable .
 # XLA's GPU compiler lives apart: with it in .venv every program that uses JAX would look for a GPU.
 AOT := .venv-aot
 AOT_INSTALLED := $(AOT)/.installed
@@ -33,9 +35,10 @@ endif
 aot: $(AOT_INSTALLED)
 	$(AOT)/bin/python scripts/aot_check.py --targets=h100,h20 --model=configs/models/llama3_70b.json --dop=2,4
 
-# Installs Debian packages that are missing, if root runs it.
+# Installs Debian packages that are missing, if root runs it. Custom calls compiled before that lack the RDMA channels.
 rdma: $(INSTALLED)
 	$(BIN)/python scripts/build_pyverbs.py
+	grep -q VerbsHandle $(VENV)/lib/python3.12/site-packages/lamina_jax/_custom_calls*.so || $(INSTALL_PROJECT)
 
 rdma-test: rdma
 	$(BIN)/python scripts/rdma_test.py
@@ -80,7 +83,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(wildcard custom_calls/* custom_ca
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip -c constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt jax jaxlib
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation --editable .
+	$(INSTALL_PROJECT)
 	touch $@
 
 # The plugin's own dependencies are the libraries that run programs (cuDNN, NCCL, ..), gigabytes that no compiler needs.

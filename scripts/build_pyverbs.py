@@ -3,7 +3,7 @@
 python scripts/build_pyverbs.py
 
 It lies in .rdma/ of the checkout, with the rdma-core that it belongs to, and is built once: a minute or two, with a C
-compiler and the packages libnl-3-dev, libnl-route-3-dev and pkg-config, which root has installed here.
+compiler and the packages libibverbs-dev, libnl-3-dev, libnl-route-3-dev and pkg-config, which root has installed here.
 """
 
 import sys

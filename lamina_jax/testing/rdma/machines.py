@@ -358,6 +358,8 @@ class Machine:
             "PATH": f"{Path(sys.executable).parent}:{_PATH}",
             "TERM": "dumb",
             "JAX_PLATFORMS": "cpu",
+            # Compiling is 20 times slower here, and what is compiled runs for a moment.
+            "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONUNBUFFERED": "1",
             **added,

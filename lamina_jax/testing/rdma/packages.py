@@ -22,8 +22,8 @@ MACHINE_PACKAGES: Final = (
     "dropbear-bin",
 )
 """QEMU, what makes an initramfs, and the programs that run in the machines."""
-PYVERBS_PACKAGES: Final = ("libnl-3-dev", "libnl-route-3-dev", "pkg-config")
-"""What rdma-core is compiled with, besides a C compiler."""
+PYVERBS_PACKAGES: Final = ("libibverbs-dev", "libnl-3-dev", "libnl-route-3-dev", "pkg-config")
+"""What rdma-core and the custom calls of verbs channels are compiled with, besides a C compiler."""
 
 _INSTALL: Final = ("apt-get", "install", "--yes", "--no-install-recommends")
 
