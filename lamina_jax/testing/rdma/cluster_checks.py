@@ -55,6 +55,7 @@ def cluster_that_breaks(machines: tuple[Machine, ...]) -> Iterator[Row]:
     model = _model(a)
     expected = _expected(model)
     cluster = _cluster_file(machines, "auto")
+    before = [_resources(machine) for machine in machines]
     workers = {i: _start_worker(b, cluster, i) for i in (0, 1)}
     model_worker = a.start(_script("launch_model_worker.py", cluster), name="model worker")
     engine = a.start([sys.executable, "-m", "lamina_jax.testing.rdma.generate_forever", cluster, model], name="engine")
@@ -83,6 +84,8 @@ def cluster_that_breaks(machines: tuple[Machine, ...]) -> Iterator[Row]:
         job.kill(15)
     ended = [job.wait(60) for job in (model_worker, *workers.values())]
     yield judged("workers end with status 0", ended == [0, 0, 0], f"{ended}")
+    after = [_resources(machine) for machine in machines]
+    yield judged("no queue or registered memory is left", after == before, f"{after}, before {before}")
 
 
 def tokens_over_tcp(machines: tuple[Machine, ...]) -> Iterator[Row]:
@@ -130,6 +133,12 @@ class _Calls:
             if match := re.fullmatch(pattern, found[1]):
                 return match[1]
             number += 1
+
+
+def _resources(machine: Machine) -> str:
+    """How many queues and memory regions the kernel holds for RDMA, of all processes together."""
+    shown = machine.run(["rdma", "resource", "show"], timeout_s=20, name="resources")
+    return ", ".join(f"{kind} {n}" for kind, n in re.findall(r"\b(pd|cq|qp|mr) (\d+)", shown))
 
 
 def _start_worker(machine: Machine, cluster: Path, index: int) -> Job:
