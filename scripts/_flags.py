@@ -232,13 +232,13 @@ def _choose_platforms() -> None:
         jax.config.update("jax_platforms", "cuda,cpu")
 
 
-def _platform() -> str | None:
-    """Where this process runs programs; an engine of a cluster runs none."""
+def _platform() -> str:
+    """Where this process runs programs. That of a cluster's engine runs none."""
     if "platform" in FLAGS:
-        return FLAGS["platform"].value
+        return FLAGS.platform
     if "model_platform" in FLAGS and not FLAGS["cluster"].value:
-        return FLAGS["model_platform"].value
-    return None
+        return FLAGS.model_platform
+    return "cpu"
 
 
 def _parse(arguments: Sequence[str]) -> list[str]:

@@ -30,7 +30,7 @@ from lamina_jax.aot.programs import (
 from lamina_jax.aot.report import FIT_HEADER, PROGRAM_HEADER, Entry, fit_row, problems, program_row, table
 from lamina_jax.aot.targets import TARGETS, Target
 from lamina_jax.attention.kernels import KERNELS, KernelTarget
-from lamina_jax.attention.quantization import AUTO, STORED
+from lamina_jax.attention.quantization import AUTO, STORED, check_kv_cache_dtype
 from lamina_jax.models.config import ModelConfig
 
 _TARGETS = flags.DEFINE_list("targets", sorted(TARGETS), f"GPUs to compile for, of {', '.join(sorted(TARGETS))}.")
@@ -42,8 +42,10 @@ _NUM_BATCHES = flags.DEFINE_integer("num_batches", 2, "Batches in flight.", lowe
 _CACHE_FRACTION = flags.DEFINE_float(
     "cache_fraction", 0.85, "Share of an attention device's memory that the KV cache takes.", 0.0, 1.0
 )
-_PAGE_SIZE = flags.DEFINE_integer("page_size", 16, "Tokens in a page of the cache.", lower_bound=1)
-_KV_CACHE_DTYPE = flags.DEFINE_enum("kv_cache_dtype", AUTO, sorted(STORED), "Of the KV cache.")
+_PAGE_SIZE = flags.DEFINE_integer("page_size", 32, "Tokens in a page of the cache.", lower_bound=1)
+_KV_CACHE_DTYPES = flags.DEFINE_list(
+    "kv_cache_dtypes", [AUTO, "int8", "fp8"], f"Of the KV cache, of {', '.join(STORED)}."
+)
 _KERNELS = flags.DEFINE_list("kernels", None, "Attention kernels; by default all that run on a GPU.")
 
 _EARLY = (r" (?:cosine|sine)\(",)
@@ -67,7 +69,7 @@ def main(argv):
     try:
         deployments = list(_deployments())
         targets = [_target(name) for name in _TARGETS.value]
-        kernels = _KERNELS.value or [name for name in gpu_kernels() if _reads_cache(name, deployments[0])]
+        kernels = [pair for kind in _KV_CACHE_DTYPES.value for pair in _kernels(deployments[0], kind)]
     except (ValueError, OSError) as error:
         raise SystemExit(f"aot_check: {error}") from None
     weights = weight_bytes(deployments[0].local)
@@ -75,8 +77,8 @@ def main(argv):
         shapes = slice_shapes(deployment)
         for target in targets:
             _check_model(findings, deployment, shapes, weights, target)
-            for kernel in kernels:
-                _check_attention(findings, deployment, kernel, target)
+            for kernel, kind in kernels:
+                _check_attention(findings, dataclasses.replace(deployment, kv_cache_dtype=kind), kernel, target)
     print(table(PROGRAM_HEADER, [program_row(entry) for entry in findings.entries]))
     print()
     print(table(FIT_HEADER, [fit_row(fit, target) for target, fit in findings.fits]))
@@ -107,28 +109,33 @@ def _deployments() -> Iterator[Deployment]:
             num_batches=_NUM_BATCHES.value if tokens == 1 else 1,
             context=_CONTEXT.value,
             page_size=_PAGE_SIZE.value,
-            kv_cache_dtype=_KV_CACHE_DTYPE.value,
         )
         deployment.local  # noqa: B018 raises what is wrong with the numbers
         yield deployment
 
 
-def _reads_cache(kernel: str, deployment: Deployment) -> bool:
-    """Whether a kernel that runs on GPUs reads the cache of this deployment."""
+def _kernels(deployment: Deployment, kv_cache_dtype: str) -> list[tuple[str, str]]:
+    """The kernels to compile for such a cache, each with its dtype."""
     config = deployment.config
     target = KernelTarget(
         platform="cuda",
         dtype=config.dtype,
-        kv_cache_dtype=deployment.kv_cache_dtype,
+        kv_cache_dtype=kv_cache_dtype,
         head_dim=config.head_dim,
         page_size=deployment.page_size,
     )
-    try:
-        KERNELS[kernel].check(target)
-    except ValueError as error:
-        print(f"left out: {error}")
-        return False
-    return True
+    check_kv_cache_dtype(kv_cache_dtype)
+    if _KERNELS.value:
+        return [(name, kv_cache_dtype) for name in _KERNELS.value]
+    found = []
+    for name in gpu_kernels():
+        try:
+            KERNELS[name].check(target)
+        except ValueError as error:
+            print(f"left out: {error}")
+        else:
+            found.append((name, kv_cache_dtype))
+    return found
 
 
 def _target(name: str) -> Target:
@@ -163,10 +170,11 @@ def _check_model(findings: Findings, deployment: Deployment, shapes: SliceShapes
 def _check_attention(findings: Findings, deployment: Deployment, kernel: str, target: Target) -> None:
     config = worker_config(deployment, kernel=kernel, cache_bytes=int(_CACHE_FRACTION.value * target.memory_bytes))
     compiled = compile_attention(deployment, config, target)
-    title = f"attention ({kernel}) {_shape(deployment)}"
+    kind = kernel if deployment.kv_cache_dtype == AUTO else f"{kernel}, {deployment.kv_cache_dtype}"
+    title = f"attention ({kind}) {_shape(deployment)}"
     findings.entries.append(Entry.of(title, target.name, compiled, cuda_tools() / "ptxas"))
     fit = fit_attention_worker(cache=cache_shapes(config).nbytes, memory=compiled.memory, capacity=target.memory_bytes)
-    fit = dataclasses.replace(fit, worker=f"{fit.worker} ({kernel})")
+    fit = dataclasses.replace(fit, worker=f"{fit.worker} ({kind})")
     findings.fits.append((f"{target.name} {_shape(deployment)}", fit))
 
 

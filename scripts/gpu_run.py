@@ -334,7 +334,8 @@ def bench_parts(machine: Machine, environment: Mapping[str, str], *, tiny: bool)
             shows=True,
         )
 
-    attention = part("attention kernel", "gpu_attention", 60, "--seconds=75")
+    shapes = ("--batch=1,16,256", "--context=512,4096,65536", "--kv_cache_dtype=auto,fp8,int8")
+    attention = part("attention kernel", "gpu_attention", 60, "--seconds=75", *shapes)
     decode = part("decode", "gpu_decode", 200, "--seconds={seconds}")
     if tiny:
         return [attention, decode]

@@ -11,6 +11,7 @@ import pytest
 from lamina_jax import LLM, SamplingParams
 from lamina_jax.models import ModelConfig
 from lamina_jax.runtime import split
+from lamina_jax.runtime.model_worker import ModelWorker
 from lamina_jax.runtime.schedule import turns
 from lamina_jax.testing import TINY_CONFIGS, write_tiny_checkpoint
 
@@ -49,6 +50,7 @@ def generate_split(checkpoint, prompts, params, **options):
     """The outputs of each request, and the numbers of the batches that they ran in."""
     with LLM(checkpoint, min_batch_seqs=1, **options) as llm:
         in_flight = set()
+        assert isinstance(llm._worker, ModelWorker)
         run = llm._worker.run_with_logits
 
         def recorded(plans):

@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from lamina_jax import LLM, SamplingParams
+from lamina_jax.runtime.model_worker import ModelWorker
 from lamina_jax.testing import TINY_CONFIGS, write_tiny_checkpoint
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -54,6 +56,7 @@ class RecordedLogits:
 
     def __init__(self, llm: LLM):
         self.steps: list[tuple[np.ndarray, jax.Array]] = []
+        assert isinstance(llm._worker, ModelWorker)
         worker = llm._worker
         run = worker.run_with_logits
 
@@ -120,7 +123,7 @@ def test_more_requests_than_slots_or_pages(checkpoint):
     """Requests wait for slots and pages, and get the same tokens as alone."""
     # 23 pages of 16 tokens: the longest request needs all of them.
     page_bytes = TINY_CONFIGS["gqa"].kv_bytes_per_token(4) * 16
-    options = {"num_attention_workers": 1, "max_num_seqs": 3, "kv_cache_bytes": 23 * page_bytes}
+    options: dict[str, Any] = {"num_attention_workers": 1, "max_num_seqs": 3, "kv_cache_bytes": 23 * page_bytes}
     with LLM(checkpoint("gqa"), **options) as llm:
         outputs = llm.generate(prompts("gqa") * 2, GREEDY, use_tqdm=False)
     assert tokens_of(outputs) == expected_tokens("gqa") * 2

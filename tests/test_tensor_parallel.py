@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from lamina_jax import LLM, SamplingParams
+from lamina_jax.runtime.model_worker import ModelWorker
 from lamina_jax.runtime.split import SplitExecutor
 from lamina_jax.testing import TINY_CONFIGS, write_tiny_checkpoint
 
@@ -53,6 +54,7 @@ def test_tokens_are_those_of_the_undivided_model(generate, name, workers, option
 def test_every_device_has_its_part_of_the_weights(tmp_path):
     write_tiny_checkpoint(tmp_path, divisible("mha"))
     with LLM(tmp_path, num_attention_workers=2, tensor_parallel_size=2) as llm:
+        assert isinstance(llm._worker, ModelWorker)
         executor = llm._worker.executor
         assert isinstance(executor, SplitExecutor)
         model = executor._model

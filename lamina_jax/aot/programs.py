@@ -195,9 +195,8 @@ def compile_attention(deployment: Deployment, config: AttentionWorkerConfig, tar
     messages = [MessageSpec(tag=Tag.Q, tensors=(share,))]
     batches = range(deployment.num_batches)
     ends = lambda role: [AotChannel.create(role=role, peer="model worker", messages=messages) for _ in batches]  # noqa: E731
-    step = AttentionStep(
-        config=config, kernel=get_kernel(config.kernel), inboxes=ends("reader"), outboxes=ends("writer")
-    )
+    kernel = get_kernel(config.kernel, devices.devices.flat[0])
+    step = AttentionStep(config=config, kernel=kernel, inboxes=ends("reader"), outboxes=ends("writer"))
     max_pages = -(-deployment.context // deployment.page_size)
     tables = [StepTables.shapes(deployment.batch, max_pages)] * deployment.num_batches
     stamps = jax.ShapeDtypeStruct((deployment.num_batches, 3), jnp.int32)

@@ -82,7 +82,8 @@ class LLM:
         overlap: start attention over the cache while k and v are still being computed.
         kv_cache_bytes: memory for the KV cache over all workers; by default a quarter of what is free at most.
         kv_cache_dtype: of the KV cache: "auto" (as `dtype`), "fp8" (or "fp8_e4m3") or "int8", which take half of
-            bfloat16's memory and traffic. Keys and values then have scales of their own, per token and KV head.
+            bfloat16's memory and traffic. Keys and values then have scales of their own, per token and KV head. On a
+            GPU set page_size=32 or more along with it: the kernel "mosaic" needs that.
         attention_kernel: name in `lamina_jax.attention.kernels.KERNELS`, or "auto" for the fastest one that runs on
             the attention devices: "mosaic" on Hopper GPUs if the cache suits it, else "xla".
         timeout_s: longest that one device waits for one message of another, in seconds.

@@ -63,7 +63,8 @@ class AttentionWorker:
     """One worker's cache, channels and compiled steps."""
 
     def __init__(self, config: AttentionWorkerConfig, inboxes: Sequence[Channel], outboxes: Sequence[Channel]):
-        self._step = AttentionStep(config=config, kernel=get_kernel(config.kernel), inboxes=inboxes, outboxes=outboxes)
+        kernel = get_kernel(config.kernel, jax.devices()[0])
+        self._step = AttentionStep(config=config, kernel=kernel, inboxes=inboxes, outboxes=outboxes)
         self._channels = (*inboxes, *outboxes)
         self._compiled: dict[tuple[Bucket, int], jax.stages.Compiled] = {}
         self._stamps = jnp.stack([first_stamp(b) for b in range(len(inboxes))])

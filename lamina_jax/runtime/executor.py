@@ -83,7 +83,7 @@ class UnsplitExecutor(Executor):
     def __init__(self, model: Model, config: CacheConfig) -> None:
         site = model.sites[0]
         self._model = model
-        self._kernel = get_kernel(config.kernel)
+        self._kernel = get_kernel(config.kernel, model.device)
         self._cache = PagedCache.zeros(
             num_layers=len(model.sites),
             num_pages=config.num_pages,

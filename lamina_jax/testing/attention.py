@@ -16,6 +16,8 @@ from lamina_jax.attention.merge import merge
 from lamina_jax.attention.params import AttendParams, LayerParams
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}
+_LEAST_PAGE = {"auto": 8, "int8": 32, "fp8": 32}
+"""Of the kernel "mosaic", by kv_cache_dtype."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,16 @@ class Case:
         return TOLERANCE["bfloat16" if rounded else self.dtype]
 
 
+def fitted_to_mosaic(case: Case) -> Case:
+    """The case, or the nearest one of a shape that the kernel "mosaic" runs."""
+    return dataclasses.replace(
+        case,
+        dtype="bfloat16" if case.dtype == "float32" else case.dtype,
+        page_size=max(_LEAST_PAGE[case.kv_cache_dtype], 1 << (case.page_size - 1).bit_length()),
+        head_dim=-(-case.head_dim // 64) * 64,
+    )
+
+
 CASES = {
     "decode": Case((1, 5, 17, 4), (1, 1, 1, 1)),
     "first token": Case((0,), (1,)),
@@ -93,6 +105,10 @@ CASES = {
     "int8 cache, float16, small values": Case(
         (300, 9), (1, 2), kv_cache_dtype="int8", dtype="float16", value_size=1e-3, page_size=16
     ),
+    "fp8 cache, page longer than a block": Case(
+        (70, 300), (1, 1), page_size=128, num_layers=1, layer=0, kv_cache_dtype="fp8", dtype="float16"
+    ),
+    "int8 cache, wide heads": Case((5, 90), (3, 1), head_dim=256, num_kv_heads=1, kv_cache_dtype="int8", soft_cap=1.5),
 }
 
 

@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-aot" / "bin" / "python"
-CHECK = [PYTHON, "scripts/aot_check.py", "--model=configs/models/llama3_8b.json", "--targets=h100", "--kernels=xla"]
+CHECK = [PYTHON, "scripts/aot_check.py", "--model=configs/models/llama3_8b.json", "--targets=h100"]
+CHECK += ["--kernels=xla", "--kv_cache_dtypes=auto"]
 
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="needs XLA's CUDA compiler: run `make aot`")
 

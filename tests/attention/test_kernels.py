@@ -18,7 +18,7 @@ from lamina_jax.attention.kernels.xla import XlaKernel
 from lamina_jax.attention.merge import merge
 from lamina_jax.attention.params import AttendParams, LayerParams
 from lamina_jax.attention.quantization import quantize
-from lamina_jax.testing.attention import CASES, Case, World, check_kernel, run_step
+from lamina_jax.testing.attention import CASES, Case, World, check_kernel, fitted_to_mosaic, run_step
 
 SUBJECTS: dict[str, AttentionKernel] = {
     "xla": XlaKernel(),
@@ -29,11 +29,7 @@ SUBJECTS: dict[str, AttentionKernel] = {
 
 def fitted(kernel_name: str, case: Case) -> Case:
     """The case, or the nearest one of a shape that the kernel runs."""
-    if kernel_name == "xla":
-        return case
-    dtype = "bfloat16" if case.dtype == "float32" else case.dtype
-    page_size = max(8, 1 << (case.page_size - 1).bit_length())
-    return dataclasses.replace(case, dtype=dtype, page_size=page_size, head_dim=-(-case.head_dim // 64) * 64)
+    return case if kernel_name == "xla" else fitted_to_mosaic(case)
 
 
 @pytest.fixture(autouse=True)
@@ -48,12 +44,8 @@ def test_every_kernel_is_tested():
     assert SUBJECTS.keys() == KERNELS.keys()
 
 
-RUNNABLE = [
-    (kernel, name) for kernel in SUBJECTS for name, case in CASES.items() if kernel == "xla" or not case.is_quantized
-]
-
-
-@pytest.mark.parametrize(("kernel_name", "name"), RUNNABLE)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("kernel_name", SUBJECTS)
 def test_kernel_equals_float64(kernel_name, name):
     check_kernel(SUBJECTS[kernel_name], World.make(fitted(kernel_name, CASES[name])))
 
@@ -68,9 +60,9 @@ RANDOM_SHAPES = {
 }
 
 
-def check_random_shape(kernel_name, rows, heads, page_size, window, soft_cap, seed):
+def check_random_shape(kernel_name, rows, heads, page_size, window, soft_cap, seed, kv_cache_dtype="auto"):
     context_lens, num_new = zip(*rows, strict=True)
-    params = {"window": window, "soft_cap": soft_cap}
+    params = {"window": window, "soft_cap": soft_cap, "kv_cache_dtype": kv_cache_dtype}
     case = Case(context_lens, num_new, num_heads=heads[0], num_kv_heads=heads[1], page_size=page_size, **params)
     check_kernel(SUBJECTS[kernel_name], World.make(fitted(kernel_name, case), seed))
 
@@ -85,6 +77,12 @@ def test_xla_kernel_equals_float64_on_random_shapes(**shape):
 @given(**RANDOM_SHAPES)
 @settings(max_examples=4, deadline=None)
 def test_mosaic_kernel_equals_float64_on_random_shapes(**shape):
+    check_random_shape("mosaic", **shape)
+
+
+@given(kv_cache_dtype=st.sampled_from(["int8", "fp8"]), **RANDOM_SHAPES)
+@settings(max_examples=4, deadline=None)
+def test_mosaic_kernel_over_quantized_caches_equals_float64_on_random_shapes(**shape):
     check_random_shape("mosaic", **shape)
 
 
@@ -154,13 +152,15 @@ def check_quantized_append(world: World, cache: PagedCache) -> None:
 
 def test_unknown_kernel_names_the_known_ones():
     with pytest.raises(ValueError, match=r"Unknown attention kernel 'nope'.*'mosaic', 'xla'"):
-        get_kernel("nope")
+        get_kernel("nope", jax.devices()[0])
 
 
-def test_blocks_take_the_place_of_those_before_them_only_when_these_are_used_up():
-    """Nine blocks of keys through three stages."""
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8", "fp8"])
+def test_blocks_take_the_place_of_those_before_them_only_when_these_are_used_up(kv_cache_dtype):
+    """Nine blocks of keys through three stages, or four if the cache is quantized."""
     kernel = MosaicKernel(interpret=InterpretGPUParams(detect_races=True), split_tokens=576)
-    case = Case((570,), (1,), num_heads=2, num_kv_heads=1, head_dim=128, page_size=64, dtype="bfloat16")
+    shape = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "page_size": 64}
+    case = Case((570,), (1,), **shape, dtype="bfloat16", kv_cache_dtype=kv_cache_dtype)
     check_kernel(kernel, World.make(case))
 
 
@@ -169,7 +169,14 @@ CPU = dataclasses.replace(HOPPER, platform="cpu", compute_capability=None)
 
 
 def test_auto_is_the_fastest_kernel_that_runs():
-    assert choose_kernel("auto", HOPPER) == "mosaic"
+    large_pages = dataclasses.replace(HOPPER, page_size=32)
+    for target in (
+        HOPPER,
+        dataclasses.replace(large_pages, kv_cache_dtype="int8"),
+        dataclasses.replace(large_pages, kv_cache_dtype="fp8"),
+        dataclasses.replace(large_pages, kv_cache_dtype="fp8_e4m3", dtype="float16"),
+    ):
+        assert choose_kernel("auto", target) == "mosaic"
     for other in (
         CPU,
         dataclasses.replace(HOPPER, compute_capability="8.0"),
@@ -177,6 +184,7 @@ def test_auto_is_the_fastest_kernel_that_runs():
         dataclasses.replace(HOPPER, dtype="float32"),
         dataclasses.replace(HOPPER, kv_cache_dtype="int8"),
         dataclasses.replace(HOPPER, kv_cache_dtype="fp8"),
+        dataclasses.replace(large_pages, kv_cache_dtype="fp8", dtype="float32"),
         dataclasses.replace(HOPPER, head_dim=80),
         dataclasses.replace(HOPPER, page_size=4),
         dataclasses.replace(HOPPER, page_size=24),
@@ -190,7 +198,10 @@ def test_auto_is_the_fastest_kernel_that_runs():
         (CPU, "MosaicKernel runs on cuda, but attention is to run on cpu; use attention_kernel='auto'"),
         (dataclasses.replace(HOPPER, compute_capability="8.9"), r"Hopper GPU .* got one of 8\.9; use .*'xla'"),
         (dataclasses.replace(HOPPER, dtype="float32"), "bfloat16 or float16, got float32; set dtype"),
-        (dataclasses.replace(HOPPER, kv_cache_dtype="fp8"), "does not read a quantized KV cache, got fp8; .*'xla'"),
+        (
+            dataclasses.replace(HOPPER, kv_cache_dtype="fp8"),
+            r"for a KV cache of fp8, a page_size that is .* at least 32, got 16; set page_size, or .*'xla'",
+        ),
         (dataclasses.replace(HOPPER, head_dim=96), "head_dim of 64, 128, 192 or 256, got 96"),
         (dataclasses.replace(HOPPER, page_size=12), "power of two of at least 8, got 12; set page_size"),
     ],
@@ -203,8 +214,11 @@ def test_a_kernel_that_was_asked_for_but_does_not_run_is_refused(target, message
 def test_a_shape_that_the_mosaic_kernel_cannot_run_is_refused_before_it_is_compiled():
     with pytest.raises(ValueError, match="got float32"):
         run_step(SUBJECTS["mosaic"], World.make(CASES["decode"]))
-    with pytest.raises(ValueError, match="does not read a quantized KV cache, got one of int8; use 'xla'"):
-        run_step(SUBJECTS["mosaic"], World.make(CASES["int8 cache"]))
+    with pytest.raises(ValueError, match=r"for a KV cache of int8, a page_size .* at least 32, got 16"):
+        run_step(
+            SUBJECTS["mosaic"],
+            World.make(dataclasses.replace(fitted_to_mosaic(CASES["int8 cache"]), page_size=16)),
+        )
     with pytest.raises(ValueError, match="split_tokens must be a positive multiple of 64, got 100"):
         MosaicKernel(split_tokens=100)
 

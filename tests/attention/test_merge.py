@@ -202,7 +202,7 @@ def _attend_in_three(q, k, v, cached_k, cached_v, prefix, lengths, params, token
 
     The cache of each part holds KEYS places per request, in pages of its own.
     """
-    kernel = get_kernel("xla")
+    kernel = get_kernel("xla", jax.devices()[0])
     pages = KEYS // PAGE
     tables = jnp.arange(REQUESTS * pages, dtype=jnp.int32).reshape(REQUESTS, pages)
     paged = lambda x: jnp.moveaxis(x.reshape(-1, PAGE, KV_HEADS, DIM), 1, 2)[None]  # noqa: E731

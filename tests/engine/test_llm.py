@@ -9,6 +9,7 @@ import tokenizers.processors
 
 from lamina_jax import LLM, SamplingParams
 from lamina_jax.models import CheckpointError
+from lamina_jax.runtime.model_worker import ModelWorker
 from lamina_jax.testing import write_tiny_checkpoint
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -144,6 +145,7 @@ def test_stream_takes_requests_as_there_is_room(checkpoint):
 def test_prompts_of_unequal_length_run_in_one_step(checkpoint):
     with LLM(checkpoint, num_attention_workers=1) as llm:
         buckets = []
+        assert isinstance(llm._worker, ModelWorker)
         run = llm._worker.run_with_logits
         llm._worker.run_with_logits = lambda plans: [buckets.extend(p.bucket for p in plans), run(plans)][1]
         generate(llm, [{"prompt_token_ids": [7] * n} for n in (3, 40, 17, 64)])

@@ -6,11 +6,13 @@ import sys
 import numpy as np
 
 from lamina_jax import LLM, SamplingParams
+from lamina_jax.runtime.model_worker import ModelWorker
 from lamina_jax.transport import cuda
 
 
 def first_logits(llm: LLM, prompt: dict) -> list[float]:
     """The logits that a prompt's first token is sampled from."""
+    assert isinstance(llm._worker, ModelWorker)
     worker = llm._worker
     run, steps = worker.run_with_logits, []
 

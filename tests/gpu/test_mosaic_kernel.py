@@ -7,7 +7,7 @@ import pytest
 
 from lamina_jax.attention.kernels import KernelTarget, choose_kernel
 from lamina_jax.attention.kernels.mosaic import MosaicKernel
-from lamina_jax.testing.attention import CASES, Case, World, check_kernel
+from lamina_jax.testing.attention import CASES, Case, World, check_kernel, fitted_to_mosaic
 
 
 @pytest.fixture(autouse=True)
@@ -37,18 +37,26 @@ BIG = {
     "pages of 8": dataclasses.replace(LLAMA_70B, page_size=8),
     "pages of 256": dataclasses.replace(LLAMA_70B, page_size=256),
 }
-
-
-def _fitted(case: Case) -> Case:
-    dtype = "bfloat16" if case.dtype == "float32" else case.dtype
-    page_size = max(8, 1 << (case.page_size - 1).bit_length())
-    return dataclasses.replace(case, dtype=dtype, page_size=page_size, head_dim=-(-case.head_dim // 64) * 64)
+INT8, FP8 = (dataclasses.replace(LLAMA_70B, page_size=32, kv_cache_dtype=kind) for kind in ("int8", "fp8"))
+BIG |= {
+    "int8 cache": INT8,
+    "fp8 cache": FP8,
+    "int8 cache, float16": dataclasses.replace(INT8, dtype="float16"),
+    "fp8 cache, float16": dataclasses.replace(FP8, dtype="float16"),
+    "int8 cache, prefill of a later piece": dataclasses.replace(INT8, num_new=(40, 33, 1, 7, 64, 2)),
+    "fp8 cache, window and soft cap": dataclasses.replace(FP8, soft_cap=50.0, window=1000),
+    "int8 cache, heads of 64": dataclasses.replace(INT8, head_dim=64),
+    "fp8 cache, heads of 192": dataclasses.replace(FP8, head_dim=192, num_new=(1, 2, 3, 4, 5, 6)),
+    "int8 cache, heads of 256": dataclasses.replace(INT8, head_dim=256, num_new=(1, 2, 3, 4, 5, 6)),
+    "fp8 cache, pages of 64": dataclasses.replace(FP8, page_size=64),
+    "int8 cache, pages of 256": dataclasses.replace(INT8, page_size=256),
+}
 
 
 @pytest.mark.parametrize("split_tokens", [64, None])
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.is_quantized])
+@pytest.mark.parametrize("name", CASES)
 def test_kernel_equals_float64(name, split_tokens):
-    check_kernel(MosaicKernel(split_tokens=split_tokens), World.make(_fitted(CASES[name])))
+    check_kernel(MosaicKernel(split_tokens=split_tokens), World.make(fitted_to_mosaic(CASES[name])))
 
 
 @pytest.mark.parametrize("name", BIG)
@@ -57,5 +65,6 @@ def test_kernel_equals_float64_on_big_shapes(name):
 
 
 def test_auto_is_this_kernel_here():
-    target = KernelTarget.of_device(jax.local_devices()[0], dtype="bfloat16", head_dim=128, page_size=16)
-    assert choose_kernel("auto", target) == "mosaic"
+    for kind in ("auto", "int8", "fp8"):
+        cache = {"dtype": "bfloat16", "kv_cache_dtype": kind, "head_dim": 128, "page_size": 32}
+        assert choose_kernel("auto", KernelTarget.of_device(jax.local_devices()[0], **cache)) == "mosaic"

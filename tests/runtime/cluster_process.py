@@ -11,6 +11,7 @@ and received, have come to that count.
 import os
 import signal
 import threading
+from typing import Any
 
 import jax
 from absl import app, logging
@@ -24,7 +25,7 @@ from lamina_jax.runtime.model_server import serve_model
 
 PROMPTS = [{"prompt_token_ids": [5 + i, 6, 7]} for i in range(4)]
 PARAMS = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
-SETTINGS = {"max_num_seqs": 4, "num_batches": 1, "max_model_len": 64}
+SETTINGS: dict[str, Any] = {"max_num_seqs": 4, "num_batches": 1, "max_model_len": 64}
 _ATTEMPTS = 5
 
 

@@ -189,7 +189,7 @@ def test_start_order_does_not_matter(started, checkpoint, expected):
     """First the engine, which waits for the model worker, which waits for an attention worker."""
     started.start("1")
     with ThreadPoolExecutor(1) as thread:
-        opened = thread.submit(LLM, checkpoint, cluster=started.cluster, **SETTINGS)
+        opened = thread.submit(lambda: LLM(checkpoint, cluster=started.cluster, **SETTINGS))
         started.start("m")
         started.processes["m"].expect("session with an engine")
         started.start("0")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from lamina_jax import LLM, SamplingParams
+from lamina_jax.runtime.model_worker import ModelWorker
 from lamina_jax.runtime.slices import split_heads
 from lamina_jax.testing import write_tiny_checkpoint
 
@@ -14,6 +15,7 @@ PARAMS = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
 def logits_of_every_step(directory, **settings) -> list[np.ndarray]:
     steps = []
     with LLM(directory, **settings) as llm:
+        assert isinstance(llm._worker, ModelWorker)
         run = llm._worker.run_with_logits
 
         def recorded(plans):
@@ -51,6 +53,7 @@ def test_split_equals_unsplit_bit_for_bit_over_a_quantized_cache(tmp_path, name,
 def first_logits(directory, **settings) -> np.ndarray:
     """Of the longest prompt."""
     with LLM(directory, num_attention_workers=0, **settings) as llm:
+        assert isinstance(llm._worker, ModelWorker)
         run, seen = llm._worker.run_with_logits, []
 
         def recorded(plans):

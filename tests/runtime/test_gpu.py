@@ -14,6 +14,7 @@ from lamina_jax.runtime import executor, gpu_options
 from lamina_jax.runtime.assembly import claim_gpus
 from lamina_jax.runtime.attention_worker import AttentionWorker
 from lamina_jax.runtime.messages import AttentionWorkerConfig
+from lamina_jax.runtime.model_worker import ModelWorker
 from lamina_jax.testing import write_tiny_checkpoint
 from lamina_jax.transport import Channel, ChannelError, ShmChannel, attach, cuda, first_failure
 
@@ -38,6 +39,7 @@ def test_tokens_of_a_step_whose_channel_failed_are_not_used(checkpoint, monkeypa
     with LLM(checkpoint, num_attention_workers=2, num_batches=2) as llm:
         outputs = llm.stream((PROMPT, PARAMS) for _ in range(1000))
         index, _ = next(outputs)
+        assert isinstance(llm._worker, ModelWorker)
         fail_silently(getattr(llm._worker.executor, end)[1][1], monkeypatch)
         with pytest.raises(WorkerError, match=re.escape(WORDS)):
             for index, _ in outputs:  # noqa: B007

@@ -7,6 +7,7 @@ import pytest
 from lamina_jax import LLM
 from lamina_jax.aot.hlo import FENCE, RECV, SEND, Hlo, Widths, early_violations, order_violations
 from lamina_jax.runtime.messages import Bucket
+from lamina_jax.runtime.model_worker import ModelWorker
 from lamina_jax.testing import TINY_CONFIGS, write_tiny_checkpoint
 
 EARLY = (r" (?:cosine|sine)\(",)
@@ -21,6 +22,7 @@ def programs(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("gqa")
     write_tiny_checkpoint(directory, "gqa")
     with LLM(directory, num_attention_workers=2, overlap=request.param) as llm:
+        assert isinstance(llm._worker, ModelWorker)
         executor = llm._worker.executor
         executor.prepare(BUCKET, 1)
         sliced = executor._sliced[BUCKET.batch, BUCKET.tokens]  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,5 +1,7 @@
 """Attention kernels by name; a new one is a file here and a line below."""
 
+from typing import Any
+
 from lamina_jax.attention.kernels.base import AttentionKernel, KernelTarget
 from lamina_jax.attention.kernels.mosaic import MosaicKernel
 from lamina_jax.attention.kernels.xla import XlaKernel
@@ -16,11 +18,11 @@ def check_name(name: str) -> None:
         raise ValueError(f"Unknown attention kernel {name!r}; choose one of {[AUTO, *sorted(KERNELS)]}.")
 
 
-def get_kernel(name: str) -> AttentionKernel:
-    """The kernel called `name`. Raises ValueError with the names there are."""
+def get_kernel(name: str, device: Any) -> AttentionKernel:
+    """The kernel called `name`, for a `jax.Device`. Raises ValueError with the names there are."""
     if name not in KERNELS:
         raise ValueError(f"Unknown attention kernel {name!r}; choose one of {sorted(KERNELS)}.")
-    return KERNELS[name]()
+    return KERNELS[name].on(device)
 
 
 def choose_kernel(name: str, target: KernelTarget) -> str:

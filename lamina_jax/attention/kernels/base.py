@@ -52,6 +52,12 @@ class AttentionKernel(abc.ABC):
     """JAX platforms (names for lowering) that the kernel runs on natively."""
 
     @classmethod
+    def on(cls, device: Any) -> "AttentionKernel":
+        """The kernel as it suits a `jax.Device`."""
+        del device
+        return cls()
+
+    @classmethod
     def check(cls, target: KernelTarget) -> None:
         """Raises ValueError, with what to do, where the kernel does not run."""
         if target.platform not in cls.platforms:

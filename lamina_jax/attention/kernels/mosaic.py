@@ -13,15 +13,17 @@ from jaxtyping import Array
 
 from lamina_jax.attention.cache import PagedCache, StepTables
 from lamina_jax.attention.kernels.base import KernelTarget
-from lamina_jax.attention.kernels.xla import XlaKernel
+from lamina_jax.attention.kernels.xla import XlaKernel, weights_dtype
 from lamina_jax.attention.merge import Partial
 from lamina_jax.attention.params import LayerParams
-from lamina_jax.attention.quantization import is_quantized, stored_dtype
+from lamina_jax.attention.quantization import AUTO, STORED, is_quantized, scale_bytes, stored_dtype
 
 BLOCK = 64
 """Keys of one step of the kernel: the rows of one tensor core instruction."""
 _MOST_ROWS = 64
 """Queries of a thread block at most, if head_dim is 128; more would not fit in registers."""
+_MOST_QUANTIZED_ROWS = 56
+"""The same for a quantized cache, whose widened numbers are in registers too."""
 _MOST_SPLIT = 16384
 """Tokens of a split at most."""
 _LEAST_SPLIT = 512
@@ -34,14 +36,19 @@ _SHARED_BYTES = 96 << 10
 _MOST_SHARED_BYTES = 192 << 10
 """The same where a thread block has to have the multiprocessor to itself."""
 _LEAST_STAGES = 3
+_LEAST_PAGE = 8
+"""Tokens. Eight rows are the unit in which shared memory is arranged for the tensor core."""
+_LEAST_QUANTIZED_PAGE = 32
+"""Tokens. Their scales are 128 bytes, the alignment in shared memory that the copy engine asks for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MosaicKernel(XlaKernel):
     """`attend_cached` on a Hopper GPU; `attend_new`, which is tiny, is the plain kernel's.
 
-    bfloat16 or float16, head_dim a multiple of 64 up to 256, page_size a power of two of at least 8. Any group, any
-    number of new tokens, windows and soft caps. Pages outside the window are not read.
+    bfloat16 or float16, with a cache of the same or a quantized one; head_dim a multiple of 64 up to 256; page_size a
+    power of two of at least 8, or 32 if the cache is quantized. Any group, any number of new tokens, windows and soft
+    caps. Pages outside the window are not read.
     """
 
     platforms: ClassVar[tuple[str, ...]] = ("cuda",)
@@ -53,6 +60,10 @@ class MosaicKernel(XlaKernel):
     """Tokens of context per thread block, a multiple of 64; None chooses by the shape of the step."""
     num_multiprocessors: int = 132
     """Of the device; only the choice of `split_tokens` depends on it. 132 is an H100 or H200, 78 an H20."""
+
+    @classmethod
+    def on(cls, device: Any) -> "MosaicKernel":
+        return cls(num_multiprocessors=device.core_count)
 
     def __post_init__(self) -> None:
         if self.split_tokens is not None and (self.split_tokens < BLOCK or self.split_tokens % BLOCK):
@@ -68,27 +79,25 @@ class MosaicKernel(XlaKernel):
             )
         if target.dtype not in ("bfloat16", "float16"):
             raise ValueError(
-                f"The attention kernel 'mosaic' needs a KV cache of bfloat16 or float16, got {target.dtype}; "
-                "set dtype, or use attention_kernel='xla'."
-            )
-        if is_quantized(stored_dtype(target.kv_cache_dtype, target.dtype)):
-            raise ValueError(
-                f"The attention kernel 'mosaic' does not read a quantized KV cache, got {target.kv_cache_dtype}; set "
-                "kv_cache_dtype='auto', or use attention_kernel='xla'."
+                f"The attention kernel 'mosaic' needs bfloat16 or float16, got {target.dtype}; set dtype, or use "
+                "attention_kernel='xla'."
             )
         if target.head_dim not in (64, 128, 192, 256):
             raise ValueError(
                 f"The attention kernel 'mosaic' needs a head_dim of 64, 128, 192 or 256, got {target.head_dim}; "
                 "use attention_kernel='xla'."
             )
-        if target.page_size < 8 or target.page_size & (target.page_size - 1):
+        quantized = is_quantized(stored_dtype(target.kv_cache_dtype, target.dtype))
+        least = _LEAST_QUANTIZED_PAGE if quantized else _LEAST_PAGE
+        if target.page_size < least or target.page_size & (target.page_size - 1):
+            needed = f"needs, for a KV cache of {target.kv_cache_dtype}," if quantized else "needs"
             raise ValueError(
-                "The attention kernel 'mosaic' needs a page_size that is a power of two of at least 8, got "
+                f"The attention kernel 'mosaic' {needed} a page_size that is a power of two of at least {least}, got "
                 f"{target.page_size}; set page_size, or use attention_kernel='xla'."
             )
 
     def attend_cached(self, q, cache: PagedCache, layer, tables: StepTables, params: LayerParams) -> Partial:
-        plan = self._plan(q.shape, cache, tables)
+        plan = self._plan(q, cache, tables)
         # Imported here because it takes as long as the rest of a worker's imports together.
         from lamina_jax.attention.kernels import mosaic_sm90
 
@@ -100,16 +109,17 @@ class MosaicKernel(XlaKernel):
             denominator=plan.unfold(denominator),
         )
 
-    def _plan(self, q_shape: tuple[int, ...], cache: PagedCache, tables: StepTables) -> "Plan":
-        batch, tokens, num_heads, head_dim = q_shape
+    def _plan(self, q: Array, cache: PagedCache, tables: StepTables) -> "Plan":
+        batch, tokens, num_heads, head_dim = q.shape
         num_layers, num_pages, num_kv_heads, page_size, _ = cache.k.shape
+        # A cache that is not quantized is of the model's dtype, whatever that of q.
+        stored = cache.k.dtype
+        dtype = stored if cache.scales is None else q.dtype
+        kind = AUTO if cache.scales is None else next(kind for kind, name in STORED.items() if name == stored.name)
         # Which device this is compiled for is not known here, and interpret mode runs on any.
-        name = cache.k.dtype.name
-        if cache.scales is not None:
-            raise ValueError(
-                f"The attention kernel 'mosaic' does not read a quantized KV cache, got one of {name}; use 'xla'."
-            )
-        self.check(KernelTarget(platform="cuda", dtype=name, head_dim=head_dim, page_size=page_size))
+        self.check(
+            KernelTarget(platform="cuda", dtype=dtype.name, kv_cache_dtype=kind, head_dim=head_dim, page_size=page_size)
+        )
         if num_layers * num_pages * num_kv_heads >= 2**31:
             raise ValueError(
                 f"The attention kernel 'mosaic' counts pages in int32; {num_layers} layers x {num_pages} pages x "
@@ -117,7 +127,8 @@ class MosaicKernel(XlaKernel):
             )
         rows = tokens * num_heads // num_kv_heads
         # The output of a tile is held in registers, twice while it is rescaled.
-        tile = min(_round_up(rows, 8), _MOST_ROWS, _MOST_ROWS * 128 // head_dim // 8 * 8)
+        most_rows = _MOST_ROWS if cache.scales is None else _MOST_QUANTIZED_ROWS
+        tile = min(_round_up(rows, 8), most_rows, most_rows * 128 // head_dim // 8 * 8)
         tiles = _cdiv(rows, tile)
         context = _round_up(tables.block_tables.shape[1] * page_size, BLOCK)
         wanted = self.split_tokens or self._split(batch * num_kv_heads * tiles, context)
@@ -133,7 +144,8 @@ class MosaicKernel(XlaKernel):
             num_pages=num_pages,
             split_tokens=min(wanted, context),
             splits=_cdiv(context, wanted),
-            dtype=cache.k.dtype,
+            dtype=dtype,
+            stored=stored,
         )
 
     def _split(self, num_items: int, context: int) -> int:
@@ -160,14 +172,27 @@ class Plan:
     split_tokens: int
     splits: int
     dtype: Any
+    """Of queries, and of what they are multiplied by."""
+    stored: Any
+    """Of keys and values in the cache."""
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether keys and values have scales."""
+        return is_quantized(self.stored)
+
+    @property
+    def weights_dtype(self) -> Any:
+        """Of the softmax's weights, and of the values that they are multiplied by."""
+        return weights_dtype(self.dtype) if self.is_quantized else self.dtype
 
     @property
     def stages(self) -> int:
         """Blocks of keys and values that are in shared memory or on their way to it."""
-        stage = 2 * BLOCK * self.head_dim * jnp.dtype(self.dtype).itemsize
-        if _SHARED_BYTES // stage >= _LEAST_STAGES:
-            return _SHARED_BYTES // stage
-        return _MOST_SHARED_BYTES // stage
+        vector = self.head_dim * jnp.dtype(self.stored).itemsize + scale_bytes(self.stored)
+        widened = BLOCK * self.head_dim * 2 if self.is_quantized else 0
+        stages = lambda shared: (shared - widened) // (2 * BLOCK * vector)  # noqa: E731
+        return stages(_SHARED_BYTES) if stages(_SHARED_BYTES) >= _LEAST_STAGES else stages(_MOST_SHARED_BYTES)
 
     @property
     def copy_tokens(self) -> int:

@@ -11,11 +11,17 @@ as many queries as its group is large, often 8 or fewer. So keys, of which there
     output^T [head_dim, queries] += V^T [head_dim, keys] @ P [keys, queries]
 
 and queries are padded to 8 instead of 64. The softmax then costs a few numbers per thread and step.
+
+Tensor cores multiply no 1-byte numbers by 16-bit ones, so the consumer widens those of a quantized cache: keys in
+registers, which the tensor core reads as well as shared memory, and values by way of shared memory, because it reads
+registers row by row only. Scales come with their pages: those of keys multiply rows of scores^T, those of values rows
+of P.
 """
 
 import dataclasses
 import functools
 import math
+import operator
 from typing import Any
 
 import jax
@@ -28,10 +34,13 @@ from jaxtyping import Array
 from lamina_jax.attention.cache import PagedCache, StepTables
 from lamina_jax.attention.kernels.mosaic import BLOCK, Plan
 from lamina_jax.attention.params import LayerParams
+from lamina_jax.attention.quantization import SCALE_DTYPE
 
 _LOG2E = math.log2(math.e)
 _SWIZZLE = 128
-"""Bytes of a row of a shared memory tile, permuted so that the tensor core reads it without bank conflicts."""
+"""Bytes of a row of a shared memory tile at most, permuted so that nobody who reads it has bank conflicts."""
+_LAYOUT = plgpu.Layout.WGMMA
+"""How threads hold a matrix that a tensor core has computed or, if it is the first factor, is to multiply."""
 
 
 def attend_splits(
@@ -56,8 +65,11 @@ def attend_splits(
     if params.soft_cap is not None:
         scalars.append(as_ref(params.soft_cap, jnp.float32))
 
-    def paged_attention(*refs) -> None:  # the name that profilers show
-        _body(plan, *refs)
+    # Interpret mode multiplies what is in shared memory only.
+    from_registers = _product if interpret is None else _product_in_interpret_mode
+
+    def paged_attention(*refs, **scratch) -> None:  # the name that profilers show
+        _body(plan, from_registers, *refs, **scratch)
 
     kernel = plgpu.kernel(
         paged_attention,
@@ -76,6 +88,7 @@ def attend_splits(
         plan.fold(q),
         cache.k.reshape(pages),
         cache.v.reshape(pages),
+        None if cache.scales is None else cache.scales.reshape(-1, 2, plan.page_size),
         jnp.asarray(tables.block_tables, jnp.int32),
         jnp.asarray(tables.context_lens, jnp.int32),
         tuple(scalars),
@@ -89,24 +102,58 @@ class _Ring:
     slots: Any
     full: Any
     free: Any
+    scales: Any
+    """None if the cache is not quantized."""
 
 
-def _scratch(plan: Plan) -> list[Any]:
-    tiling = plgpu.TilingTransform((8, _SWIZZLE // 2))  # pyright: ignore[reportAbstractUsage]
-    transforms = (tiling, plgpu.SwizzleTransform(_SWIZZLE))  # pyright: ignore[reportAbstractUsage]
-    shared = lambda *shape: plgpu.SMEM(shape, plan.dtype, transforms=transforms)  # noqa: E731
-    ring = [
-        shared(plan.stages, BLOCK, plan.head_dim),
-        plgpu.Barrier(num_arrivals=plan.copies, num_barriers=plan.stages),
+def _scratch(plan: Plan) -> dict[str, Any]:
+    ring = (
+        _tiled(plan.stored, plan.stages, BLOCK, plan.head_dim),
+        plgpu.Barrier(num_arrivals=plan.copies * (2 if plan.is_quantized else 1), num_barriers=plan.stages),
         plgpu.Barrier(num_barriers=plan.stages),
-    ]
-    return [*ring, *ring, shared(plan.tile, plan.head_dim), plgpu.Barrier(), shared(plan.tile, BLOCK)]
+        plgpu.SMEM((plan.stages, BLOCK), SCALE_DTYPE) if plan.is_quantized else None,
+    )
+    return {
+        "ring_k": ring,
+        "ring_v": ring,
+        "q_shared": _tiled(plan.dtype, plan.tile, plan.head_dim),
+        "q_ready": plgpu.Barrier(),
+        "p_shared": _tiled(plan.weights_dtype, plan.tile, BLOCK),
+        "wide": _tiled(plan.weights_dtype, BLOCK, plan.head_dim) if plan.is_quantized else None,
+    }
 
 
-def _body(plan: Plan, q, k, v, block_tables, context_lens, scalars, o, m, l, *scratch) -> None:  # noqa: E741
+def _tiled(dtype: Any, *shape: int) -> Any:
+    """Shared memory as tensor cores and the copy engine take it."""
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = math.gcd(_SWIZZLE, shape[-1] * itemsize)
+    tiling = plgpu.TilingTransform((8, swizzle // itemsize))  # pyright: ignore[reportAbstractUsage]
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))  # pyright: ignore[reportAbstractUsage]
+
+
+def _body(
+    plan: Plan,
+    from_registers,
+    q,
+    k,
+    v,
+    scales,
+    block_tables,
+    context_lens,
+    scalars,
+    o,
+    m,
+    l,  # noqa: E741
+    *,
+    ring_k,
+    ring_v,
+    q_shared,
+    q_ready,
+    p_shared,
+    wide,
+) -> None:
     """What each of the two warpgroups of a thread block does."""
-    ring_k, ring_v = _Ring(*scratch[:3]), _Ring(*scratch[3:6])
-    q_shared, q_ready, p_shared = scratch[6:]
+    ring_k, ring_v = _Ring(*ring_k), _Ring(*ring_v)
     split, head, sequence = (lax.axis_index(name) for name in ("split", "head", "sequence"))
     layer, scale, window = (ref[0] for ref in scalars[:3])
     soft_cap = scalars[3][0] if len(scalars) > 3 else None
@@ -116,20 +163,21 @@ def _body(plan: Plan, q, k, v, block_tables, context_lens, scalars, o, m, l, *sc
     def _load() -> None:
         kv_head = lax.div(head, jnp.int32(plan.tiles))
         index = lambda page: (layer * plan.num_pages + page) * plan.num_kv_heads + kv_head  # noqa: E731
-        _load_pages(plan, work, lambda page: index(block_tables[sequence, page]), (k, ring_k), (v, ring_v))
+        of_k, of_v = (None, None) if scales is None else (scales.at[:, 0], scales.at[:, 1])
+        sources = [_Source(k, of_k, ring_k), _Source(v, of_v, ring_v)]
+        _load_pages(plan, work, lambda page: index(block_tables[sequence, page]), sources)
 
     @pl.when(lax.axis_index("warpgroup") == 1)
     def _consume() -> None:
         plgpu.copy_gmem_to_smem(q.at[sequence, head], q_shared, q_ready)
         plgpu.barrier_wait(q_ready)
-        step = functools.partial(
-            _attend_block, plan, work, scale * _LOG2E, soft_cap, q_shared, p_shared, ring_k, ring_v
-        )
-        layout = plgpu.Layout.WGMMA
+        scores = functools.partial(_scores, plan, from_registers, q_shared, ring_k)
+        values = functools.partial(_weighted_values, plan, p_shared, wide, ring_v)
+        step = functools.partial(_attend_block, plan, work, scale * _LOG2E, soft_cap, scores, values)
         state = (
-            plgpu.layout_cast(jnp.full((plan.tile,), -jnp.inf, jnp.float32), layout.reduce(0)),
-            plgpu.layout_cast(jnp.zeros((BLOCK, plan.tile), jnp.float32), layout),
-            plgpu.layout_cast(jnp.zeros((plan.head_dim, plan.tile), jnp.float32), layout),
+            plgpu.layout_cast(jnp.full((plan.tile,), -jnp.inf, jnp.float32), _LAYOUT.reduce(0)),
+            plgpu.layout_cast(jnp.zeros((BLOCK, plan.tile), jnp.float32), _LAYOUT),
+            plgpu.layout_cast(jnp.zeros((plan.head_dim, plan.tile), jnp.float32), _LAYOUT),
         )
         maximum, denominators, weighted = lax.fori_loop(0, work.num_blocks, step, state)
         place = (sequence, head, split)
@@ -163,8 +211,17 @@ class _Work:
         return cls(context, window, first_row, first_block, jnp.maximum(end - first_block, 0))
 
 
-def _load_pages(plan: Plan, work: _Work, find, *sources) -> None:
-    """Streams the blocks of every (pages, ring). `find` makes a page's place in the sequence its row in `pages`."""
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """Pages in the cache, by row, with their scales, if they have some, and where they go."""
+
+    pages: Any
+    scales: Any
+    ring: _Ring
+
+
+def _load_pages(plan: Plan, work: _Work, find, sources: list[_Source]) -> None:
+    """Streams the blocks of every source. `find` makes a page's place in the sequence its row in `pages`."""
     last_page = lax.div(jnp.maximum(work.context - 1, 0), jnp.int32(plan.page_size))
 
     def rows_of(block) -> list[Any]:
@@ -178,16 +235,19 @@ def _load_pages(plan: Plan, work: _Work, find, *sources) -> None:
             offset = lax.rem((work.first_block + block) * BLOCK, jnp.int32(plan.page_size))
         # Looked up a block ahead, so that nobody waits for the block table.
         following = rows_of(block + 1)
-        for pages, ring in sources:
+        for source in sources:
+            ring = source.ring
 
             @pl.when(block >= plan.stages)
             def _(ring=ring, slot=slot) -> None:
                 plgpu.barrier_wait(ring.free.at[slot])
 
             for i, row in enumerate(rows):
-                part = pl.ds(i * plan.copy_tokens, plan.copy_tokens)
-                source = pages.at[row, pl.ds(offset, plan.copy_tokens)]
-                plgpu.copy_gmem_to_smem(source, ring.slots.at[slot, part], ring.full.at[slot])
+                tokens, part = pl.ds(offset, plan.copy_tokens), pl.ds(i * plan.copy_tokens, plan.copy_tokens)
+                plgpu.copy_gmem_to_smem(source.pages.at[row, tokens], ring.slots.at[slot, part], ring.full.at[slot])
+                if plan.is_quantized:
+                    scales = source.scales.at[row, tokens]
+                    plgpu.copy_gmem_to_smem(scales, ring.scales.at[slot, part], ring.full.at[slot])
         return following
 
     lax.fori_loop(0, work.num_blocks, load, rows_of(jnp.int32(0)))
@@ -195,44 +255,96 @@ def _load_pages(plan: Plan, work: _Work, find, *sources) -> None:
     # Every arrival at a barrier is awaited, also of the blocks that no other takes the place of.
     @pl.loop(jnp.maximum(work.num_blocks - plan.stages, 0), work.num_blocks)
     def _drain(block) -> None:
-        for _, ring in sources:
-            plgpu.barrier_wait(ring.free.at[lax.rem(block, jnp.int32(plan.stages))])
+        for source in sources:
+            plgpu.barrier_wait(source.ring.free.at[lax.rem(block, jnp.int32(plan.stages))])
 
 
-def _attend_block(plan: Plan, work: _Work, scale, soft_cap, q, p_shared, ring_k: _Ring, ring_v: _Ring, block, state):
+def _attend_block(plan: Plan, work: _Work, scale, soft_cap, scores_in, weighted_values_in, block, state):
     """One step of the online softmax (Milakov and Gimelshein, arXiv 1805.02867), in powers of two."""
     maximum, denominators, weighted = state
     slot = lax.rem(block, jnp.int32(plan.stages))
     along_rows = lambda x, like: lax.broadcast_in_dim(x, like.shape, [1])  # noqa: E731
 
-    plgpu.barrier_wait(ring_k.full.at[slot])
-    scores = _product(ring_k.slots.at[slot], q.T)
-    plgpu.barrier_arrive(ring_k.free.at[slot])
-    scores = _masked(plan, work, block, _capped(scores * scale, soft_cap))
-
+    scores = _masked(plan, work, block, _capped(scores_in(slot) * scale, soft_cap))
     new_maximum = jnp.maximum(maximum, scores.max(axis=0))
     # A row may have seen nothing yet: exp2(-inf - -inf) would be nan.
     pivot = jnp.where(new_maximum == -jnp.inf, 0.0, new_maximum)
     p = jnp.exp2(scores - along_rows(pivot, scores))
     rescale = jnp.exp2(maximum - pivot)
     denominators = denominators * along_rows(rescale, denominators) + p
-    p_shared.T[...] = p.astype(plan.dtype)
-    plgpu.commit_smem()
+    return new_maximum, denominators, weighted * along_rows(rescale, weighted) + weighted_values_in(slot, p)
 
-    plgpu.barrier_wait(ring_v.full.at[slot])
-    part = _product(ring_v.slots.at[slot].T, p_shared.T)
-    plgpu.barrier_arrive(ring_v.free.at[slot])
-    return new_maximum, denominators, weighted * along_rows(rescale, weighted) + part
+
+def _scores(plan: Plan, from_registers, q, ring: _Ring, slot) -> Array:
+    """The products of the keys of a slot and the queries, [keys, queries]; frees the slot."""
+    plgpu.barrier_wait(ring.full.at[slot])
+    if plan.is_quantized:
+
+        def part(columns) -> Array:
+            keys = plgpu.layout_cast(_widened(ring.slots.at[slot, :, columns], plan.dtype), _LAYOUT)
+            return from_registers(keys, q.at[:, columns].T)
+
+        scores = functools.reduce(operator.add, map(part, _columns(plan)))
+        scores = scores * _along_columns(ring.scales.at[slot], scores)
+        # The copy engine may write over only what it can see has been read; what the tensor core reads, it sees.
+        plgpu.commit_smem()
+    else:
+        scores = _product(ring.slots.at[slot], q.T)
+    plgpu.barrier_arrive(ring.free.at[slot])
+    return scores
+
+
+def _weighted_values(plan: Plan, p_shared, wide, ring: _Ring, slot, p) -> Array:
+    """The sums of the values of a slot, weighted by ``p [keys, queries]``, [head_dim, queries]; frees the slot."""
+    plgpu.barrier_wait(ring.full.at[slot])
+    values = ring.slots.at[slot]
+    if plan.is_quantized:
+        p = p * _along_columns(ring.scales.at[slot], p)
+        for columns in _columns(plan):
+            wide[:, columns] = _widened(values.at[:, columns], plan.weights_dtype)
+        values = wide
+    p_shared.T[...] = p.astype(plan.weights_dtype)
+    plgpu.commit_smem()
+    part = _product(values.T, p_shared.T)
+    plgpu.barrier_arrive(ring.free.at[slot])
+    return part
+
+
+def _columns(plan: Plan) -> list[Any]:
+    """Parts of a head, such that two widened blocks of a part fit in registers."""
+    width = 128 if plan.head_dim % 128 == 0 else 64
+    return [pl.ds(start, width) for start in range(0, plan.head_dim, width)]
+
+
+def _widened(numbers, dtype) -> Array:
+    """1-byte numbers in shared memory as those of a 16-bit dtype in registers."""
+    wide = plgpu.load(numbers, layout=plgpu.Layout.WGMMA_UPCAST_2X)
+    if wide.dtype != jnp.int8:
+        # Hopper converts fp8 to float16 only.
+        wide = wide.astype(jnp.float16)
+    if wide.dtype == jnp.float16 and dtype == jnp.bfloat16:
+        wide = wide.astype(jnp.float32)
+    return wide.astype(dtype)
+
+
+def _along_columns(scales, like) -> Array:
+    """Scales in shared memory, one for each row of `like`, in its shape."""
+    return lax.broadcast_in_dim(plgpu.load(scales, layout=_LAYOUT.reduce(1), optimized=False), like.shape, [0])
 
 
 def _product(a, b) -> Array:
-    """``a @ b`` of two arrays in shared memory, in float32."""
+    """``a @ b`` in float32, of `b` in shared memory and `a` there or in registers."""
 
     def multiply(accumulator):
         plgpu.wgmma(accumulator, a, b)
         return accumulator[...]
 
     return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def _product_in_interpret_mode(a, b) -> Array:
+    """The same of `a` in registers, without a tensor core."""
+    return jnp.dot(a, b[...], preferred_element_type=jnp.float32)
 
 
 def _capped(scores, soft_cap):
@@ -256,7 +368,7 @@ def _tanh(x):
 
 def _masked(plan: Plan, work: _Work, block, scores):
     """-inf where a row does not see a key: past the end of the context, or out of its window."""
-    iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, scores.shape, layout=plgpu.Layout.WGMMA)
+    iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, scores.shape, layout=_LAYOUT)
     key = iota(0) + (work.first_block + block) * BLOCK
     query = work.context
     if plan.tokens > 1:
