@@ -13,7 +13,7 @@ from lamina_jax.testing.rdma.channel_checks import (
     beside_perftest,
     breakage,
 )
-from lamina_jax.testing.rdma.cluster_checks import cluster_that_breaks, tokens_on_one_machine, tokens_over_tcp
+from lamina_jax.testing.rdma.cluster_checks import cluster_that_breaks, tokens_on_one_machine
 from lamina_jax.testing.rdma.deploy import deploy
 from lamina_jax.testing.rdma.machines import DEVICE, GID_INDEX, LOOPBACK_DEVICE, JobError, Machine
 from lamina_jax.testing.rdma.perftest import write_bandwidth, write_latency
@@ -115,6 +115,5 @@ CHECKS: Final = (
     Check(name="two perftest", run=perftest_link, num_machines=2, limit_s=120),
     Check(name="two with loss", run=packet_loss, num_machines=2, limit_s=60),
     Check(name="two that break", run=cluster_that_breaks, num_machines=2, limit_s=300),
-    Check(name="two over tcp", run=tokens_over_tcp, num_machines=2, limit_s=150),
     Check(name="two by docs/deploy.md", run=deploy, num_machines=2, limit_s=300),
 )

@@ -80,7 +80,9 @@ def cluster_that_breaks(machines: tuple[Machine, ...]) -> Iterator[Row]:
     a.set_link(up=True)
     yield calls.next_are_exact("tokens once the link is up", within_s=_START_S)
 
-    for job in (engine, model_worker, *workers.values()):
+    engine.kill()
+    yield from _over_tcp(machines, model, expected)
+    for job in (model_worker, *workers.values()):
         job.kill(15)
     ended = [job.wait(60) for job in (model_worker, *workers.values())]
     yield judged("workers end with status 0", ended == [0, 0, 0], f"{ended}")
@@ -88,19 +90,19 @@ def cluster_that_breaks(machines: tuple[Machine, ...]) -> Iterator[Row]:
     yield judged("no queue or registered memory is left", after == before, f"{after}, before {before}")
 
 
-def tokens_over_tcp(machines: tuple[Machine, ...]) -> Iterator[Row]:
-    """Two machines joined by TCP, with packets lost."""
-    a, b = machines
-    model = _model(a)
-    cluster = _cluster_file(machines, "tcp")
-    jobs = [_start_worker(b, cluster, i) for i in (0, 1)]
-    jobs.append(a.start(_script("launch_model_worker.py", cluster), name="model worker"))
+def _over_tcp(machines: tuple[Machine, ...], model: Path, expected: str) -> Iterator[Row]:
+    """Another engine, of the same workers, which asks for TCP."""
+    a, _ = machines
+    cluster = _cluster_file(machines, "tcp", make_key=False)
     engine = a.start([sys.executable, "-m", "lamina_jax.testing.rdma.generate_forever", cluster, model], name="engine")
-    calls = _Calls(engine, _expected(model))
+    calls = _Calls(engine, expected)
     yield calls.next_are_exact("tokens over tcp, two machines", within_s=_START_S)
     for machine in machines:
         machine.set_loss(_LOSS_PERCENT)
     yield calls.next_are_exact(f"tokens over tcp with {_LOSS_PERCENT:.0f} % of packets lost")
+    for machine in machines:
+        machine.set_loss(0)
+    engine.kill()
 
 
 class _Calls:
@@ -150,23 +152,26 @@ def _script(name: str, cluster: Path) -> list[str]:
     return [sys.executable, f"scripts/{name}", f"--cluster={cluster}"]
 
 
-def _cluster_file(machines: tuple[Machine, ...], transport: str) -> Path:
+def _cluster_file(machines: tuple[Machine, ...], transport: str, *, make_key: bool = True) -> Path:
     """A cluster like that of the document, with a key of its own that both machines have."""
-    a, b = machines
+    if make_key:
+        _share_key(*machines)
+    example = (ROOT / "configs/clusters/two_hosts.py").read_text()
+    changed = example.replace('"auto"', f'"{transport}"').replace(
+        "~/.config/lamina_jax/cluster.key", "/root/rdma-test.key"
+    )
+    path = Path(f"/root/{transport}.py")
+    for machine in machines:
+        machine.run(["bash", "-ec", f"cat > {path} <<'END'\n{changed}\nEND"], timeout_s=20)
+    return path
+
+
+def _share_key(a: Machine, b: Machine) -> None:
     make = [sys.executable, "scripts/make_cluster_key.py"]
     a.run(["rm", "-f", "/root/rdma-test.key"], timeout_s=20)
     a.run([*make, "--output=/root/rdma-test.key"], timeout_s=60, name="make key")
     key = a.run(["cat", "/root/rdma-test.key"], timeout_s=20)
     b.run(["bash", "-ec", f"umask 077; cat > /root/rdma-test.key <<'END'\n{key}\nEND"], timeout_s=20)
-    example = (ROOT / "configs/clusters/two_hosts.py").read_text()
-    changed = example.replace('"auto"', f'"{transport}"').replace(
-        "~/.config/lamina_jax/cluster.key", "/root/rdma-test.key"
-    )
-    for machine in machines:
-        (machine.folder / "cluster.py").write_text(changed)
-        script = f"cp {machine.folder}/cluster.py /root/cluster.py"
-        machine.run(["bash", "-ec", script], timeout_s=20)
-    return Path("/root/cluster.py")
 
 
 def _model(machine: Machine) -> Path:
