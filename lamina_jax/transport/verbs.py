@@ -302,6 +302,11 @@ class _End:
         host = "" if there.host == self._location.host else there.host
         self.handle.connect(region=there.region, rkey=there.rkey, pid=there.pid, host=host)
 
+    def __del__(self) -> None:
+        # Nobody else knows its queues. What was never made completely was undone by `make`.
+        if hasattr(self, "_location"):
+            self.close()
+
     def close(self) -> None:
         with self._closing:
             if self._closed:
