@@ -29,7 +29,7 @@ install: $(INSTALLED)
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest -q -n 2
 ifdef CI
-	$(MAKE) rdma-test
+	$(MAKE) rdma-test RDMA_OPTIONS=--machines=1
 endif
 
 aot: $(AOT_INSTALLED)
@@ -41,7 +41,7 @@ rdma: $(INSTALLED)
 	grep -q VerbsHandle $(VENV)/lib/python3.12/site-packages/lamina_jax/_custom_calls*.so || $(INSTALL_PROJECT)
 
 rdma-test: rdma
-	$(BIN)/python scripts/rdma_test.py
+	$(BIN)/python scripts/rdma_test.py $(RDMA_OPTIONS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

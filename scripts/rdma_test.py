@@ -43,6 +43,9 @@ from lamina_jax.testing.rdma.report import Row, summary, table
 from lamina_jax.testing.rdma.runner import Runner
 
 _ONLY = flags.DEFINE_string("only", "", "Run only checks whose name contains this.")
+_MACHINES = flags.DEFINE_integer(
+    "machines", None, "Run only checks that need so many: 1 or 2.", lower_bound=1, upper_bound=2
+)
 _KEEP_LOGS = flags.DEFINE_bool("keep_logs", False, "Keep what machines and jobs wrote also if all passed.")
 _LIMIT_S = flags.DEFINE_float("limit_s", 570.0, "Seconds that all checks may take together.", lower_bound=1)
 _WORK_DIR = flags.DEFINE_string("work_dir", str(WORK), "Where kernel and logs are.")
@@ -50,7 +53,7 @@ _WORK_DIR = flags.DEFINE_string("work_dir", str(WORK), "Where kernel and logs ar
 
 def main(_argv: list[str]) -> None:
     signal.signal(signal.SIGTERM, _leave)
-    checks = [check for check in CHECKS if _ONLY.value in check.name]
+    checks = [check for check in CHECKS if _ONLY.value in check.name and _MACHINES.value in (None, check.num_machines)]
     if not checks:
         names = ", ".join(check.name for check in CHECKS)
         sys.exit(f"rdma_test: no check is called {_ONLY.value!r}; there are {names}")
