@@ -7,8 +7,8 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
-SEND = r'custom_call_target="lamina_\w+_send"'
-RECV = r'custom_call_target="lamina_\w+_recv"'
+SEND = r'custom_call_target="lamina_(?:\w+_)?send"'
+RECV = r'custom_call_target="lamina_(?:\w+_)?recv"'
 FENCE = r'custom_call_target="lamina_(?:\w+_)?fence"'
 TAG_Q, TAG_KV = (rf"{SEND}.*[{{ ]tag = {tag} : i32" for tag in (1, 2))
 """Sends of q, and of k and v: `transport.Tag` in the attributes of the call."""
