@@ -66,7 +66,7 @@ def test_what_is_no_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe", 0o600)
     with pytest.raises(ValueError, match="must be a regular file"):
         load_key_file(tmp_path / "pipe")
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(ValueError, match="must be a regular file"):
         load_key_file(tmp_path)
     with pytest.raises(FileNotFoundError):
         load_key_file(tmp_path / "missing")
