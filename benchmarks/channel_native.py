@@ -23,6 +23,7 @@ _SIZES = flags.DEFINE_list("sizes", ["2", "2048", "32768"], "Bytes of a message 
 _ROUNDS = flags.DEFINE_integer("rounds", 1000, "Round trips without XLA.", lower_bound=20)
 _JITTED_ROUNDS = flags.DEFINE_integer("jitted_rounds", 200, "Round trips in a jitted program; 0 for none.")
 _MESSAGES = flags.DEFINE_integer("messages", 50, "Messages one way.", lower_bound=2)
+_SPIN_US = flags.DEFINE_float("spin_us", None, "How long a wait polls before it sleeps; the kind's own if not given.")
 
 _LARGE = 1 << 20
 _TIMEOUT_S = 60.0
@@ -33,14 +34,25 @@ def _programs(sizes: list[int]) -> list[int]:
     return [size for size in sizes if size % 4 == 0] if _JITTED_ROUNDS.value else []
 
 
+def _waits() -> dict[str, float]:
+    spin = {} if _SPIN_US.value is None else {"spin_us": _SPIN_US.value}
+    return {"timeout_s": _TIMEOUT_S, **spin}
+
+
 def _peer(
-    connection: Connection, sizes: list[int], rounds: int, jitted_sizes: list[int], jitted_rounds: int, messages: int
+    connection: Connection,
+    sizes: list[int],
+    rounds: int,
+    jitted_sizes: list[int],
+    jitted_rounds: int,
+    messages: int,
+    waits: dict[str, float],
 ) -> None:
     jax.config.update("jax_platforms", "cpu")
     there, back = connection.recv()
     with (
-        attach(there, role="reader", peer="benchmark", timeout_s=_TIMEOUT_S) as rx,
-        attach(back, role="writer", peer="benchmark", timeout_s=_TIMEOUT_S) as tx,
+        attach(there, role="reader", peer="benchmark", **waits) as rx,
+        attach(back, role="writer", peer="benchmark", **waits) as tx,
     ):
         connection.send((rx.answer, tx.answer))
         connection.recv()
@@ -72,11 +84,11 @@ def main(argv: list[str]) -> None:
     sizes = [int(size) for size in _SIZES.value]
     mine, theirs = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")
-    arguments = (theirs, sizes, _ROUNDS.value, _programs(sizes), _JITTED_ROUNDS.value, _MESSAGES.value)
+    arguments = (theirs, sizes, _ROUNDS.value, _programs(sizes), _JITTED_ROUNDS.value, _MESSAGES.value, _waits())
     peer = context.Process(target=_peer, args=arguments, daemon=True)
     peer.start()
     large = MessageSpec(Tag.Q, (jax.ShapeDtypeStruct((_LARGE // 4,), jnp.float32),))
-    ends = {"peer": "echo", "messages": [large], "timeout_s": _TIMEOUT_S}
+    ends = {"peer": "echo", "messages": [large], **_waits()}
     kind = channel_class(_KIND.value)
     with kind.create(role="writer", **ends) as tx, kind.create(role="reader", **ends) as rx:
         mine.send((tx.address, rx.address))

@@ -2,13 +2,18 @@
 
 #include <sched.h>
 
+#include <algorithm>
 #include <utility>
 
 namespace lamina {
 namespace {
 
-// How long a spin keeps its core to itself.
+// How long a spin keeps its core to itself: briefly where the peer may be waiting for that core. Elsewhere to yield is
+// dear, as the kernel that it enters may be the one that moves the messages (it doubled the round trip over Soft-RoCE).
 constexpr std::chrono::microseconds kPolite{4};
+constexpr std::chrono::microseconds kPoliteAlone{100};
+// What an adaptive end still polls when waits are long.
+constexpr double kShortSpinUs = 20;
 
 void CpuRelax() {
 #if defined(__x86_64__)
@@ -72,17 +77,25 @@ Status ChannelEnd::End() {
 }
 
 Status ChannelEnd::AwaitReady(const Message& message) {
-  if (Ready() || SpinUntilReady()) return {};
-  return SleepUntilReady(message);
+  if (Ready()) return {};
+  const auto start = Clock::now();
+  Status status = SpinUntilReady(start) ? Status{} : SleepUntilReady(message, start);
+  waited_long_ = Clock::now() - start > Seconds(options_.spin_us * 1e-6);
+  return status;
 }
 
 // Polls flat out for a moment, in case the peer runs on another core; then lets others run between looks, in case it
 // waits for this one. The clock costs more than a poll: look at it rarely.
-bool ChannelEnd::SpinUntilReady() {
-  const auto start = Clock::now();
-  const auto end = start + Seconds(options_.spin_us * 1e-6);
+bool ChannelEnd::SpinUntilReady(Clock::time_point start) {
+  const bool little = options_.adaptive && waited_long_;
+  const auto end = start + Seconds((little ? std::min(kShortSpinUs, options_.spin_us) : options_.spin_us) * 1e-6);
+  const auto polite = options_.adaptive ? kPoliteAlone : kPolite;
+  auto yielded = start;
   for (auto now = start; now < end; now = Clock::now()) {
-    if (now - start > kPolite) sched_yield();
+    if (now - yielded > polite) {
+      sched_yield();
+      yielded = now;
+    }
     for (int i = 0; i < 32; ++i) {
       if (Ready()) return true;
       CpuRelax();
@@ -91,8 +104,7 @@ bool ChannelEnd::SpinUntilReady() {
   return false;
 }
 
-Status ChannelEnd::SleepUntilReady(const Message& message) {
-  const auto start = Clock::now();
+Status ChannelEnd::SleepUntilReady(const Message& message, Clock::time_point start) {
   const auto deadline = start + Seconds(options_.timeout_s);
   while (true) {
     BeginDoze();

@@ -25,6 +25,8 @@ struct EndOptions {
   double timeout_s;  // the longest that one send or recv waits
   double spin_us;    // how long it polls before it sleeps
   bool polled = false;  // to create a ring of which an end may be a GPU; to attach to one, the ring says so itself
+  // The peer is on another host, and to be woken is dear: it polls long, unless the wait before lasted longer still.
+  bool adaptive = false;
 };
 
 // Sending is Reserve, fill the payload, Publish; receiving is Peek, read the payload, Release. One operation at a
@@ -92,8 +94,8 @@ class ChannelEnd {
   Status Begin(const Message& message);
   Status End();
   Status AwaitReady(const Message& message);
-  bool SpinUntilReady();
-  Status SleepUntilReady(const Message& message);
+  bool SpinUntilReady(Clock::time_point start);
+  Status SleepUntilReady(const Message& message, Clock::time_point start);
   Status CheckStop(const Message& message);
   Status FailedEarlier() const;
 
@@ -103,6 +105,7 @@ class ChannelEnd {
 
   std::uint64_t next_ = 0;  // number of the message that this end handles next
   Message current_;         // what the operation under way is about
+  bool waited_long_ = false;  // whether the last wait lasted longer than spin_us
   std::atomic<bool> busy_{false};
   std::atomic<bool> failed_{false};
   mutable std::mutex failure_mutex_;

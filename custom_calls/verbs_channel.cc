@@ -34,6 +34,12 @@ constexpr auto kProbeInterval = std::chrono::milliseconds(250);
 constexpr auto kLinger = std::chrono::seconds(2);
 constexpr auto kLingerLook = std::chrono::microseconds(200);
 
+// A reader that has given nothing back for so many messages does so at once, and does not wait until it has to wait
+// itself, when that costs nothing. As in CreditBatch there are always messages left that the writer has sent since.
+std::uint32_t LateCredit(std::uint32_t num_slots) {
+  return num_slots < 4 ? CreditBatch(num_slots) : CreditBatch(num_slots) + 1;
+}
+
 template <typename T>
 T Acquire(const T& word) {
   return __atomic_load_n(&word, __ATOMIC_ACQUIRE);
@@ -104,12 +110,17 @@ bool VerbsChannel::Ready() {
     if (arrived_.load(std::memory_order_acquire) > next()) return true;
     const std::lock_guard<std::mutex> lock(mutex_);
     Drain();
-    return arrived_.load(std::memory_order_acquire) > next();
+    if (arrived_.load(std::memory_order_acquire) > next()) return true;
+    // Now that there is nothing else to do.
+    if (port_.qp != nullptr && loss_.empty() && next() - credited_ >= CreditBatch(num_slots())) {
+      if (const int error = PostCredit(next()); error != 0) Lost(PostFailed(error));
+    }
+    return false;
   }
   const std::lock_guard<std::mutex> lock(mutex_);
-  const bool room = posted_ - completed_ + 2 <= port_.send_depth;
-  if (!room || next() >= Acquire(header()->credit) + num_slots()) Drain();
-  return posted_ - completed_ + 2 <= port_.send_depth && next() < Acquire(header()->credit) + num_slots();
+  // Also to give the queue pair receives for the credits to come.
+  Drain();
+  return MayPost() && next() < Acquire(header()->credit) + num_slots();
 }
 
 std::uint32_t VerbsChannel::stop() {
@@ -173,9 +184,8 @@ Status VerbsChannel::Advance(const Message& message) {
       why = kSelfClosed;
     } else if (options_.role == Role::kWriter) {
       error = PostMessage(message);
-    } else if (done - credited_ >= CreditBatch(num_slots())) {
-      credited_ = done;
-      error = PostWord(offsetof(RegionHeader, credit), done, true);
+    } else if (done - credited_ >= LateCredit(num_slots())) {
+      error = PostCredit(done);
     }
     if (error != 0) {
       Drain();
@@ -207,30 +217,22 @@ int VerbsChannel::PostMessage(const Message& message) {
   SlotHeader* const slot = Slot(next());
   slot->published.store(next() + 1, std::memory_order_relaxed);
   const auto start = reinterpret_cast<std::uint64_t>(slot);
-  const std::uint64_t there = peer_.region + (start - reinterpret_cast<std::uint64_t>(region_->data()));
-  const std::uint64_t whole = sizeof(SlotHeader) + message.payload_bytes;
-  constexpr std::uint64_t kWordBytes = sizeof(slot->published);
+  const std::uint64_t bytes = sizeof(SlotHeader) + message.payload_bytes;
+  ibv_sge part{start, static_cast<std::uint32_t>(bytes), port_.lkey};
+  ibv_send_wr request{};
+  request.sg_list = &part;
+  request.num_sge = 1;
+  request.opcode = IBV_WR_RDMA_WRITE_WITH_IMM;
+  request.imm_data = htobe32(kMessage);
+  request.send_flags = bytes <= port_.max_inline ? IBV_SEND_INLINE : 0;
+  request.wr.rdma.remote_addr = peer_.region + (start - reinterpret_cast<std::uint64_t>(region_->data()));
+  request.wr.rdma.rkey = peer_.rkey;
+  return Post(request);
+}
 
-  ibv_sge parts[2];
-  ibv_send_wr requests[2] = {};
-  ibv_send_wr &body = requests[0], &sequence = requests[1];
-  const bool fits = whole <= port_.max_inline;
-  parts[0] = {start + kWordBytes, static_cast<std::uint32_t>(whole - kWordBytes), port_.lkey};
-  body.sg_list = &parts[0];
-  body.num_sge = 1;
-  body.opcode = IBV_WR_RDMA_WRITE;
-  body.wr.rdma.remote_addr = there + kWordBytes;
-  body.wr.rdma.rkey = peer_.rkey;
-  body.next = &sequence;
-  parts[1] = {start, static_cast<std::uint32_t>(fits ? whole : kWordBytes), port_.lkey};
-  sequence.sg_list = &parts[1];
-  sequence.num_sge = 1;
-  sequence.opcode = IBV_WR_RDMA_WRITE_WITH_IMM;
-  sequence.imm_data = htobe32(kMessage);
-  sequence.send_flags = IBV_SEND_INLINE;
-  sequence.wr.rdma.remote_addr = there;
-  sequence.wr.rdma.rkey = peer_.rkey;
-  return fits ? Post(&sequence, &sequence, 1) : Post(&body, &sequence, 2);
+int VerbsChannel::PostCredit(std::uint64_t count) {
+  credited_ = count;
+  return PostWord(offsetof(RegionHeader, credit), count, true);
 }
 
 int VerbsChannel::PostWord(std::uint64_t offset, std::uint64_t value, bool wake) {
@@ -243,19 +245,18 @@ int VerbsChannel::PostWord(std::uint64_t offset, std::uint64_t value, bool wake)
   request.send_flags = IBV_SEND_INLINE;
   request.wr.rdma.remote_addr = peer_.region + offset;
   request.wr.rdma.rkey = peer_.rkey;
-  return Post(&request, &request, 1);
+  return Post(request);
 }
 
 // A completion is asked for often enough that the queue never fills with requests of which none would tell.
-int VerbsChannel::Post(ibv_send_wr* first, ibv_send_wr* last, std::uint32_t count) {
-  const std::uint64_t number = posted_ + count;
-  last->wr_id = number;
-  const bool signal = probing_ || number - signaled_ >= port_.send_depth / 4;
-  if (signal) last->send_flags |= IBV_SEND_SIGNALED;
+int VerbsChannel::Post(ibv_send_wr& request) {
+  request.wr_id = posted_ + 1;
+  const bool signal = probing_ || request.wr_id - signaled_ >= port_.send_depth / 4;
+  if (signal) request.send_flags |= IBV_SEND_SIGNALED;
   ibv_send_wr* bad = nullptr;
-  if (const int error = ibv_post_send(port_.qp, first, &bad); error != 0) return error;
-  posted_ = number;
-  if (signal) signaled_ = number;
+  if (const int error = ibv_post_send(port_.qp, &request, &bad); error != 0) return error;
+  posted_ = request.wr_id;
+  if (signal) signaled_ = posted_;
   return 0;
 }
 
@@ -294,7 +295,7 @@ void VerbsChannel::Take(const ibv_wc& completion) {
 void VerbsChannel::Probe() {
   const auto now = Clock::now();
   if (port_.qp == nullptr || !connected_ || completed_ < signaled_ || now - last_probe_ < kProbeInterval) return;
-  if (posted_ - completed_ + 2 > port_.send_depth) return;
+  if (!MayPost()) return;
   last_probe_ = now;
   probing_ = true;
   const int error = PostWord(offsetof(RegionHeader, peer_stop), own_stop_.load(), false);
@@ -346,7 +347,7 @@ void VerbsChannel::Stop(std::uint64_t value) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (port_.qp == nullptr || !loss_.empty() || PeerIsDone()) return;
   Drain();
-  if (posted_ - completed_ + 2 > port_.send_depth) return;
+  if (!MayPost()) return;
   PostWord(offsetof(RegionHeader, peer_stop), before | value, true);
 }
 

@@ -1,9 +1,8 @@
 // Channels between hosts over RDMA (libibverbs): each end writes to the other's memory.
 //
-// A message is a WRITE of its slot, all but the first 8 bytes, and behind it on the same reliable connection a WRITE of
-// these, the sequence number, which carries an immediate. A message small enough to go inline is one such WRITE. The
-// immediate makes a completion at the peer, which therefore may sleep, and which says that all bytes are in place:
-// what memory alone shows may be half of a WRITE. Credits and stops come as WRITEs with an immediate, too.
+// A message is one WRITE of its slot that carries an immediate, inline if it is small. The immediate makes a completion
+// at the peer, which therefore may sleep, and which says that all bytes are in place: what memory alone shows may be half
+// of a WRITE. Credits and stops come as WRITEs with an immediate, too.
 #pragma once
 
 #include <infiniband/verbs.h>
@@ -92,9 +91,12 @@ class VerbsChannel final : public ChannelEnd {
   // The following expect mutex_ to be held.
   int PostReceives(std::uint32_t count);
   int PostMessage(const Message& message);
+  // Gives the first `count` messages back to the writer.
+  int PostCredit(std::uint64_t count);
   // WRITE of 8 bytes to `offset` of the peer's region; with an immediate it wakes the peer.
   int PostWord(std::uint64_t offset, std::uint64_t value, bool wake);
-  int Post(ibv_send_wr* first, ibv_send_wr* last, std::uint32_t count);
+  int Post(ibv_send_wr& request);
+  bool MayPost() const { return posted_ - completed_ < port_.send_depth; }
   void Drain();
   void Take(const ibv_wc& completion);
   void Probe();

@@ -30,7 +30,7 @@ from lamina_jax.transport.base import (
     require_wait,
     slot_room,
 )
-from lamina_jax.transport.cpu_calls import DEFAULT_SPIN_US, TARGETS
+from lamina_jax.transport.cpu_calls import TARGETS
 from lamina_jax.transport.rc_queue_pair import LOCAL_WRITE, REMOTE_WRITE, CompletionQueue, QpAddress, RcQueuePair
 from lamina_jax.transport.rdma_devices import RdmaPort, choose_verbs_port
 
@@ -42,6 +42,8 @@ _ends: "weakref.WeakSet[_End]" = weakref.WeakSet()
 # 4.096 us * 2^15 = 134 ms, times 1 + 6: a dead peer is an error about a second after something is sent to it.
 _RETRY_TIMEOUT: Final = 15
 _MAX_INLINE: Final = 256
+# More than a round trip with some work at the other end; to be woken by the NIC costs tens of microseconds.
+_SPIN_US: Final = 1000.0
 # Beside messages: words that say that the peer has stopped, or ask whether it is there.
 _SPARE_REQUESTS: Final = 16
 
@@ -107,7 +109,7 @@ class VerbsChannel(Channel):
         num_slots: int = 8,
         slot_bytes: int | None = None,
         timeout_s: float = 60.0,
-        spin_us: float = DEFAULT_SPIN_US,
+        spin_us: float = _SPIN_US,
         device: int | None = None,
         nic: str | None = None,
     ) -> "VerbsChannel":
@@ -120,7 +122,7 @@ class VerbsChannel(Channel):
             num_slots: Messages in flight before a send waits.
             slot_bytes: Bytes of tensors per slot, below 2 GB; None takes the largest of `messages`.
             timeout_s: Seconds that one send or recv waits at most.
-            spin_us: Microseconds that a wait polls before it sleeps.
+            spin_us: Microseconds that a wait polls before it sleeps; 20 at most after a wait that lasted longer.
             device: `jax.Device.local_hardware_id` of the one CPU device whose programs use this end; None for any.
             nic: The RDMA device to use, e.g. "mlx5_0"; None takes the environment variable LAMINA_RDMA_DEVICE's, or the
                 first with an active port and an address.
@@ -154,7 +156,7 @@ class VerbsChannel(Channel):
         role: Role,
         peer: str,
         timeout_s: float = 60.0,
-        spin_us: float = DEFAULT_SPIN_US,
+        spin_us: float = _SPIN_US,
         nic: str | None = None,
     ) -> "VerbsChannel":
         """Takes the free end; see `create` and `Channel.attach`."""
@@ -250,7 +252,7 @@ class _End:
         if slot_bytes >= 1 << 31:
             raise ValueError(f"slot_bytes must be below 2 GB, got {slot_bytes}")
         opened = _open(nic or os.environ.get("LAMINA_RDMA_DEVICE"))
-        send_depth, recv_depth = 4 * num_slots + _SPARE_REQUESTS, num_slots + _SPARE_REQUESTS
+        send_depth, recv_depth = 2 * num_slots + _SPARE_REQUESTS, num_slots + _SPARE_REQUESTS
         with _refusals(opened.name), contextlib.ExitStack() as undo:
             handle = _calls().create(
                 writer=role == "writer",

@@ -24,6 +24,9 @@ class LocalMachine(Machine):
     def _configure(self, script: str) -> None:
         del script
 
+    def warm_python(self) -> None:
+        pass
+
 
 @pytest.fixture
 def make_machine(tmp_path: Path) -> Iterator[Callable[..., LocalMachine]]:

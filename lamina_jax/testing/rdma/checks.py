@@ -1,6 +1,5 @@
 """What `scripts/rdma_test.py` looks at, in one list."""
 
-import contextlib
 import re
 import sys
 from collections.abc import Iterator
@@ -8,29 +7,17 @@ from typing import Final
 
 from lamina_jax.testing.rdma.channel_checks import (
     BANDWIDTH_NBYTES,
-    BREAKAGE_LIMIT_S,
+    CHANNELS_LIMIT_S,
     LATENCY_NBYTES,
     beside_perftest,
-    breakage,
+    channels,
 )
 from lamina_jax.testing.rdma.cluster_checks import cluster_that_breaks, tokens_on_one_machine
 from lamina_jax.testing.rdma.deploy import deploy
-from lamina_jax.testing.rdma.machines import DEVICE, GID_INDEX, LOOPBACK_DEVICE, JobError, Machine
+from lamina_jax.testing.rdma.machines import DEVICE, GID_INDEX, LOOPBACK_DEVICE, Machine
 from lamina_jax.testing.rdma.perftest import write_bandwidth, write_latency
-from lamina_jax.testing.rdma.report import Row, failed, judged, passed
+from lamina_jax.testing.rdma.report import Row, judged, passed
 from lamina_jax.testing.rdma.runner import Check
-from lamina_jax.transport import channel_kinds
-
-CONFORMANCE_LIMIT_S: Final = 240.0
-
-_CONFORMANCE_FILE: Final = "tests/transport/test_channel.py"
-_CONFORMANCE_TESTS: Final = (
-    "every-dtype",
-    "test_round_trips_in_a_scan",
-    "test_full_ring_is_a_deadline_error",
-    "test_peer_ends_our_wait",
-)
-"""Not all, as JAX is 20 times slower in a machine, and none that starts a process of its own."""
 
 
 def devices(machines: tuple[Machine, ...]) -> Iterator[Row]:
@@ -83,33 +70,10 @@ def packet_loss(machines: tuple[Machine, ...]) -> Iterator[Row]:
     )
 
 
-def conformance(machines: tuple[Machine, ...]) -> Iterator[Row]:
-    """The conformance tests of channels, for each kind that there is."""
-    (machine,) = machines
-    kinds = [kind for kind in ("shm", "tcp", "verbs") if kind in channel_kinds()]
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers"]
-    job = machine.start(
-        [*command, "-k", f"({' or '.join(kinds)}) and ({' or '.join(_CONFORMANCE_TESTS)})", _CONFORMANCE_FILE],
-        env={"LAMINA_RDMA_DEVICE": LOOPBACK_DEVICE},
-        name="conformance",
-    )
-    with contextlib.suppress(JobError):  # killed when its time is up: what it found until then counts
-        job.wait(timeout_s=CONFORMANCE_LIMIT_S)
-    for kind in kinds:
-        outcomes = re.findall(rf"^\S+::(\w+)\[\S*\b{kind}\b\S*\] (\w+)", job.output, re.MULTILINE)
-        wrong = [test for test, outcome in outcomes if outcome != "PASSED"]
-        detail = f"{len(outcomes) - len(wrong)} of {len(outcomes)} tests passed; {', '.join(wrong)}".rstrip("; ")
-        yield judged(f"conformance of {kind}", bool(outcomes) and not wrong, detail)
-    if job.status != 0:
-        last = job.output.strip().rpartition("\n")[2]
-        yield failed("conformance", f"pytest ended with status {job.status} after {job.seconds:.0f} s: {last}")
-
-
 CHECKS: Final = (
     Check(name="devices", run=devices, num_machines=1, limit_s=60),
     Check(name="channel beside perftest", run=beside_perftest, num_machines=1, limit_s=180),
-    Check(name="breakage", run=breakage, num_machines=1, limit_s=BREAKAGE_LIMIT_S + 10),
-    Check(name="conformance", run=conformance, num_machines=1, limit_s=CONFORMANCE_LIMIT_S + 10),
+    Check(name="channels", run=channels, num_machines=1, limit_s=CHANNELS_LIMIT_S + 10),
     Check(name="tokens", run=tokens_on_one_machine, num_machines=1, limit_s=200),
     Check(name="two devices", run=devices, num_machines=2, limit_s=60),
     Check(name="two perftest", run=perftest_link, num_machines=2, limit_s=120),

@@ -4,9 +4,9 @@
 
 File descriptor 0 is the line to the host, in both directions; requests and events are objects of JSON, one a line:
 
-    {"do": "start", "job": 3, "argv": [..], "env": {..}, "cwd": "..", "output": ".."}    a session of its own
+    {"do": "start", "job": 3, "argv": [..], "env": {..}, "cwd": "..", "output": "..", "stays": false}    its own session
     {"do": "signal", "job": 3, "signal": 9, "group": true}                                nothing if it has ended
-    {"do": "reset", "job": 4}                 kills what jobs have left behind, and empties the folder
+    {"do": "reset", "job": 4}    kills what jobs have left behind, but those that stay, and empties the folder
 
     {"event": "ready"}
     {"event": "started", "job": 3, "pid": 123}
@@ -41,6 +41,7 @@ class Agent:
         self._child_was_started = threading.Condition(self._lock)
         self._job_of_pid: dict[int, int] = {}
         self._pid_of_job: dict[int, int] = {}
+        self._staying: set[int] = set()
 
     def serve(self) -> None:
         """Does what it is asked until the host hangs up."""
@@ -55,12 +56,13 @@ class Agent:
                 case "signal":
                     self._signal(**request)
                 case "reset":
-                    left = _kill_descendants() + _empty(Path(sys.argv[1]))
+                    _wait_for_children(self._staying)
+                    left = _kill_descendants(self._staying) + _empty(Path(sys.argv[1]))
                     with self._lock:
                         self._tell(event="reset", job=request["job"], left=left)
         _kill_descendants()
 
-    def _start(self, job: int, argv: list[str], env: dict[str, str], cwd: str, output: str) -> None:
+    def _start(self, job: int, argv: list[str], env: dict[str, str], cwd: str, output: str, stays: bool) -> None:
         with self._lock:
             try:
                 with open(output, "wb") as file:
@@ -79,6 +81,8 @@ class Agent:
             # The reaper waits for it, not this object.
             process.returncode = 0
             self._job_of_pid[process.pid], self._pid_of_job[job] = job, process.pid
+            if stays:
+                self._staying.add(process.pid)
             self._tell(event="started", job=job, pid=process.pid)
             self._child_was_started.notify()
 
@@ -116,11 +120,18 @@ def _lines():
         yield from map(json.loads, lines)
 
 
-def _kill_descendants(limit_s: float = 10.0) -> list[str]:
-    """Kills all that descends from this process. Returns their command lines."""
+def _wait_for_children(staying: set[int], limit_s: float = 10.0) -> None:
+    """A job that stays ends what it runs for jobs that were killed, which takes it a moment."""
+    deadline = time.monotonic() + limit_s
+    while _descendants(staying) - staying and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def _kill_descendants(staying: set[int] | None = None, limit_s: float = 10.0) -> list[str]:
+    """Kills all that descends from this process, but those that stay. Returns their command lines."""
     killed: dict[int, str] = {}
     deadline = time.monotonic() + limit_s
-    while (alive := _descendants()) and time.monotonic() < deadline:
+    while (alive := _descendants({os.getpid()}) - {os.getpid()} - (staying or set())) and time.monotonic() < deadline:
         for pid in alive:
             with contextlib.suppress(OSError):
                 command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
@@ -141,8 +152,8 @@ def _empty(folder: Path) -> list[str]:
     return [str(path) for path in found]
 
 
-def _descendants() -> set[int]:
-    """Living processes below this one."""
+def _descendants(ancestors: set[int]) -> set[int]:
+    """These, and the living processes below them."""
     parents: dict[int, int] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -151,10 +162,10 @@ def _descendants() -> set[int]:
                 state, parent = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[:2]
                 if state != "Z":
                     parents[int(entry)] = int(parent)
-    found = {os.getpid()}
+    found = set(ancestors)
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more
-    return found - {os.getpid()}
+    return found
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from lamina_jax.testing.rdma import warm_python
 from lamina_jax.testing.rdma.image import Image, prepare_image
 
 ROOT: Final = Path(__file__).resolve().parents[3]
@@ -49,6 +50,7 @@ MTU: Final = 4200
 
 _AGENT: Final = Path(__file__).with_name("guest_agent.py")
 _BOOT_LIMIT_S: Final = 120.0
+_WARM_LIMIT_S: Final = 180.0
 _GRACE_S: Final = 5.0
 _TAIL_LINES: Final = 20
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -68,11 +70,13 @@ class Job:
     Attributes:
         name: What errors call it.
         log: Where its output goes, stdout and stderr together; readable while it runs.
+        stays: Whether it outlives a reset of the machine.
     """
 
-    def __init__(self, machine: "Machine", number: int, name: str, log: Path):
+    def __init__(self, machine: "Machine", number: int, name: str, log: Path, *, stays: bool):
         self.name = name
         self.log = log
+        self.stays = stays
         self._machine = machine
         self._number = number
         self._started = time.monotonic()
@@ -232,6 +236,7 @@ class Machine:
         env: Mapping[str, str] | None = None,
         cwd: Path = ROOT,
         name: str | None = None,
+        stays: bool = False,
     ) -> Job:
         """Starts a program as root, and waits until that has happened; not until it ends. Several may run at a time.
 
@@ -240,6 +245,7 @@ class Machine:
             env: Added to the environment, which is otherwise the same for all jobs, not that of this process.
             cwd: Where it starts.
             name: What errors call it; the program by default.
+            stays: It lives on when the machine is reset, until it ends or the machine does.
 
         Raises:
             MachineError: There is no such program, or the machine has ended.
@@ -247,11 +253,11 @@ class Machine:
         argv = [str(argument) for argument in argv]
         name = name or Path(argv[0]).name
         number = next(self._numbers)
-        job = Job(self, number, name, self.folder / f"job-{number}-{re.sub(r'[^a-zA-Z0-9_.-]+', '_', name)}.log")
+        log = self.folder / f"job-{number}-{re.sub(r'[^a-zA-Z0-9_.-]+', '_', name)}.log"
+        job = Job(self, number, name, log, stays=stays)
         self._jobs[number] = job
-        self._ask(
-            do="start", job=number, argv=argv, env=self._environment(env or {}), cwd=str(cwd), output=str(job.log)
-        )
+        asked = {"argv": argv, "env": self._environment(env or {}), "cwd": str(cwd), "output": str(log), "stays": stays}
+        self._ask(do="start", job=number, **asked)
         told = lambda: job.pid is not None or number in self._refusals  # noqa: E731
         if not self._wait_until(told, 30.0, f"starting {name}"):
             raise MachineError(f"machine {self.name} has not started {name} within 30 s\n{self._tail()}")
@@ -291,12 +297,12 @@ class Machine:
         self._configure(netem if percent else "tc qdisc del dev eth0 root 2>/dev/null || true")
 
     def reset(self) -> list[str]:
-        """Kills the jobs that still run, then what jobs have left behind; empties /dev/shm; brings the link back.
+        """Kills the jobs that still run but those that stay, then what jobs have left behind; empties /dev/shm; brings the link back.
 
         Returns what was left behind: command lines of processes and paths of files.
         """
         for job in list(self._jobs.values()):
-            if job.pid is not None and job.status is None:
+            if job.pid is not None and job.status is None and not job.stays:
                 job.kill()
                 job.wait(timeout_s=30.0)
         number = next(self._numbers)
@@ -347,6 +353,19 @@ class Machine:
             printf '10.99.0.1 a\n10.99.0.2 b\n' >> /etc/hosts
             {"" if linked else loopback}
         """)
+
+    def warm_python(self) -> None:
+        """Has the `python` of jobs started later share what it imports (see warm_python.py), which takes a minute.
+
+        Raises:
+            JobError, MachineError: It does not come up; `python` is then as it was.
+        """
+        socket_path, folder = Path("/run/warm-python"), Path(sys.executable).parent
+        job = self.start(
+            [sys.executable, "-m", "lamina_jax.testing.rdma.warm_python", socket_path], name="warm python", stays=True
+        )
+        job.wait_for("^ready", timeout_s=_WARM_LIMIT_S)
+        self._configure(warm_python.install(folder, socket_path, cold=folder / "cold-python"))
 
     def _configure(self, script: str) -> None:
         self.run(["bash", "-ec", script], timeout_s=30.0, cwd=Path("/"), name="network")
@@ -506,8 +525,8 @@ def qemu_command(
         "qemu-system-x86_64",
         *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-name", f"lamina-{name}"),
         *("-M", "q35", "-accel", "tcg,thread=multi,tb-size=512"),
-        # JAX needs AVX.
-        *("-cpu", "max", "-smp", str(num_cpus), "-m", f"{memory_mib}M"),
+        # JAX needs AVX. Copies by byte, which erms and fsrm ask for, are emulated byte by byte.
+        *("-cpu", "max,-erms,-fsrm", "-smp", str(num_cpus), "-m", f"{memory_mib}M"),
         *("-kernel", str(image.kernel), "-initrd", str(image.initramfs), "-append", " ".join(append)),
         *("-chardev", f"file,id=console,path={folder}/console.log", "-serial", "chardev:console"),
         *("-chardev", f"socket,id=control,path={control}", "-device", "virtio-serial-pci"),

@@ -5,6 +5,7 @@ import dataclasses
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -87,6 +88,10 @@ class Runner:
                 count, folder=self._folder / f"boot-{self._num_boots}", image=self._image, limit_s=limit_s
             ) as booted:
                 self._note(passed(name), start)
+                start = time.monotonic()
+                with ThreadPoolExecutor() as pool:
+                    list(pool.map(lambda machine: machine.warm_python(), booted))
+                self._note(passed(f"{name}: imports that all programs share"), start)
                 while waiting and all(machine.alive for machine in booted):
                     self._check(waiting.pop(0), booted)
         except Exception as error:
