@@ -28,6 +28,9 @@ install: $(INSTALLED)
 
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest -q -n 2
+ifdef CI
+	$(MAKE) rdma-test RDMA_OPTIONS="--machines=1 --limit_s=900"
+endif
 
 aot: $(AOT_INSTALLED)
 	$(AOT)/bin/python scripts/aot_check.py --targets=h100,h20 --model=configs/models/llama3_70b.json --dop=2,4

@@ -309,11 +309,10 @@ void VerbsChannel::Lost(const std::string& why) {
 
 std::string VerbsChannel::Explain(const ibv_wc& completion) const {
   const std::string said = std::string(TheVerbsLibrary().status_text(completion.status)) + ", status " +
-                           std::to_string(completion.status) + " of " + port_.where;
+                           std::to_string(completion.status) + " of " + port_.where + PortState();
   switch (completion.status) {
     case IBV_WC_RETRY_EXC_ERR:
-      return "the peer does not answer any more: its process or host has died, or the link is down (" + said +
-             PortState() + ")";
+      return "the peer does not answer any more: its process or host has died, or the link is down (" + said + ")";
     case IBV_WC_REM_ACCESS_ERR:
     case IBV_WC_REM_INV_REQ_ERR:
     case IBV_WC_REM_OP_ERR:

@@ -1,5 +1,6 @@
 """The Python that forks for programs: what these are and do is what a Python of their own would be and do."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -35,7 +36,8 @@ def python(tmp_path_factory):
     server = subprocess.Popen([sys.executable, "-c", ENTRY, folder / "socket"], stdout=log, stderr=log)
     deadline = time.monotonic() + 60
     while "ready" not in (folder / "log").read_text():
-        assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+        if server.poll() is not None or time.monotonic() > deadline:
+            pytest.fail((folder / "log").read_text())
         time.sleep(0.02)
     script = warm_python.install(folder, folder / "socket", cold=folder / "cold")
     subprocess.run(["bash", "-ec", script], check=True)
@@ -47,6 +49,14 @@ def python(tmp_path_factory):
 
 def run(*command, **options):
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=60, **options)
+
+
+@contextlib.contextmanager
+def started(*command):
+    """A process, and its output."""
+    with subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield process, process.stdout
 
 
 def test_shares_what_is_imported_and_nothing_else(python):
@@ -74,30 +84,27 @@ def test_modules_and_spawned_processes(python, tmp_path):
     assert run(python, tmp_path / "spawns.py").stdout == "42 True\n"
 
 
-@pytest.mark.parametrize("code, status", [("raise SystemExit(7)", 7), ("1/0", 1), ("import os; os.abort()", -6)])
+@pytest.mark.parametrize(("code", "status"), [("raise SystemExit(7)", 7), ("1/0", 1), ("import os; os.abort()", -6)])
 def test_ends_as_the_program_does(python, code, status):
     assert run(python, "-c", code).returncode == status
 
 
-@pytest.mark.parametrize("number, ends", [(signal.SIGTERM, -15), (signal.SIGINT, -2)])
+@pytest.mark.parametrize(("number", "ends"), [(signal.SIGTERM, -15), (signal.SIGINT, -2)])
 def test_signals_reach_the_program(python, number, ends):
-    process = subprocess.Popen([python, "-c", "print(flush=True); import time; time.sleep(60)"], stdout=subprocess.PIPE)
-    process.stdout.readline()
-    process.send_signal(number)
-    assert process.wait(30) == ends
-    process.stdout.close()
+    with started(python, "-c", "print(flush=True); import time; time.sleep(60)") as (process, output):
+        output.readline()
+        process.send_signal(number)
+        assert process.wait(30) == ends
 
 
 def test_a_client_that_is_killed_takes_the_program_along(python):
     code = "import os; print(os.getpid(), flush=True); import time; time.sleep(600)"
-    process = subprocess.Popen([python, "-c", code], stdout=subprocess.PIPE, text=True)
-    pid = int(process.stdout.readline())
-    assert pid != process.pid
-    process.kill()
-    # End of file: the program was the last to have the pipe open.
-    assert process.stdout.read() == ""
-    process.stdout.close()
-    process.wait()
+    with started(python, "-c", code) as (process, output):
+        pid = int(output.readline())
+        assert pid != process.pid
+        process.kill()
+        # End of file: the program was the last to have the pipe open.
+        assert output.read() == ""
     assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text()
 
 

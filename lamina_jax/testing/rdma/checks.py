@@ -78,6 +78,6 @@ CHECKS: Final = (
     Check(name="two devices", run=devices, num_machines=2, limit_s=60),
     Check(name="two perftest", run=perftest_link, num_machines=2, limit_s=120),
     Check(name="two with loss", run=packet_loss, num_machines=2, limit_s=60),
-    Check(name="two that break", run=cluster_that_breaks, num_machines=2, limit_s=300),
+    Check(name="two that break", run=cluster_that_breaks, num_machines=2, limit_s=900),
     Check(name="two by docs/deploy.md", run=deploy, num_machines=2, limit_s=300),
 )

@@ -297,7 +297,7 @@ class Machine:
         self._configure(netem if percent else "tc qdisc del dev eth0 root 2>/dev/null || true")
 
     def reset(self) -> list[str]:
-        """Kills the jobs that still run but those that stay, then what jobs have left behind; empties /dev/shm; brings the link back.
+        """Kills jobs that still run, but those that stay, and what jobs left behind; empties /dev/shm; links it again.
 
         Returns what was left behind: command lines of processes and paths of files.
         """

@@ -5,8 +5,8 @@
 In a machine `import jax` takes 20 s, and a dozen programs are started. This one imports everything once, and forks for
 each program that `warm_client.py`, installed as `python`, asks for. A program so started is a process of its own, with
 the arguments, environment, file descriptors, limits and signals of the one that asked, a session of its own, and all of
-Python's ways to end; it shares only what was imported. It lives as long as who asked: the client passes signals on, ends
-with its status, and takes it along when killed. A client with fewer rights than this process runs a Python of its own.
+Python's ways to end; it shares only what was imported. It lives as long as who asked: the client passes signals on,
+ends with its status, and takes it along when killed. A client with fewer rights than this process starts its own.
 """
 
 import ast
