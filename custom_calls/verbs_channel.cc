@@ -34,11 +34,12 @@ constexpr auto kProbeInterval = std::chrono::milliseconds(250);
 constexpr auto kLinger = std::chrono::seconds(2);
 constexpr auto kLingerLook = std::chrono::microseconds(200);
 
-// A reader that has given nothing back for so many messages does so at once, and does not wait until it has to wait
-// itself, when that costs nothing. As in CreditBatch there are always messages left that the writer has sent since.
-std::uint32_t LateCredit(std::uint32_t num_slots) {
-  return num_slots < 4 ? CreditBatch(num_slots) : CreditBatch(num_slots) + 1;
-}
+// A credit costs as much as a message, so a reader that keeps up gives back rarely, and while it has nothing else to do:
+// once it owes so many. The writer then still has a slot, so neither waits for the other.
+std::uint32_t IdleCredit(std::uint32_t num_slots) { return std::max(1u, num_slots * 3 / 4); }
+
+// A reader that does not come back to wait gives back at last.
+std::uint32_t LateCredit(std::uint32_t num_slots) { return num_slots < 4 ? 1 : IdleCredit(num_slots) + 1; }
 
 template <typename T>
 T Acquire(const T& word) {
@@ -112,7 +113,7 @@ bool VerbsChannel::Ready() {
     Drain();
     if (arrived_.load(std::memory_order_acquire) > next()) return true;
     // Now that there is nothing else to do.
-    if (port_.qp != nullptr && loss_.empty() && next() - credited_ >= CreditBatch(num_slots())) {
+    if (port_.qp != nullptr && loss_.empty() && next() - credited_ >= IdleCredit(num_slots())) {
       if (const int error = PostCredit(next()); error != 0) Lost(PostFailed(error));
     }
     return false;
@@ -184,7 +185,8 @@ Status VerbsChannel::Advance(const Message& message) {
       why = kSelfClosed;
     } else if (options_.role == Role::kWriter) {
       error = PostMessage(message);
-    } else if (done - credited_ >= LateCredit(num_slots())) {
+    } else if (const bool behind = arrived_.load(std::memory_order_relaxed) > done;
+               done - credited_ >= (behind ? CreditBatch(num_slots()) : LateCredit(num_slots()))) {
       error = PostCredit(done);
     }
     if (error != 0) {

@@ -75,7 +75,7 @@ def cluster_that_breaks(machines: tuple[Machine, ...]) -> Iterator[Row]:
     yield calls.next_are_exact("tokens once it is back", within_s=_START_S)
 
     a.set_link(up=False)
-    yield calls.next_fails("link down", r"on b .*rxe0 on a; its port is")
+    yield calls.next_fails("link down", r"on b")
     a.set_link(up=True)
     yield calls.next_are_exact("tokens once the link is up", within_s=_START_S)
 
