@@ -335,7 +335,7 @@ class ControlLink(ControlThread):
         return self._conversation
 
     def _over(self, reason: object) -> WorkerError:
-        return WorkerError(f"{self._name}, on {self._opened().peer}: {reason}.")
+        return WorkerError(f"{self._name}, on {self._opened().peer}: {str(reason).rstrip('.')}.")
 
     def _turn(self, now: float) -> None:
         if self._dealer is None:
