@@ -13,7 +13,7 @@ from lamina_jax.testing.rdma.machines import LOOPBACK_DEVICE, ROOT, Job, Machine
 from lamina_jax.testing.rdma.report import Row, judged
 from lamina_jax.testing.tiny import write_tiny_checkpoint
 
-_START_S: Final = 180.0
+_START_S: Final = 300.0
 _CALL_S: Final = 120.0
 _LOSS_PERCENT: Final = 1.0
 

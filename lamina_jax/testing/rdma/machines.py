@@ -50,7 +50,7 @@ MTU: Final = 4200
 
 _AGENT: Final = Path(__file__).with_name("guest_agent.py")
 _BOOT_LIMIT_S: Final = 120.0
-_WARM_LIMIT_S: Final = 180.0
+_WARM_LIMIT_S: Final = 300.0
 _GRACE_S: Final = 5.0
 _TAIL_LINES: Final = 20
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
