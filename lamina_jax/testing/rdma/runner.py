@@ -87,11 +87,9 @@ class Runner:
             with machines(
                 count, folder=self._folder / f"boot-{self._num_boots}", image=self._image, limit_s=limit_s
             ) as booted:
-                self._note(passed(name), start)
-                start = time.monotonic()
                 with ThreadPoolExecutor() as pool:
                     list(pool.map(lambda machine: machine.warm_python(), booted))
-                self._note(passed(f"{name}: imports that all programs share"), start)
+                self._note(passed(name), start)
                 while waiting and all(machine.alive for machine in booted):
                     self._check(waiting.pop(0), booted)
         except Exception as error:
