@@ -8,10 +8,8 @@
 namespace lamina {
 namespace {
 
-// How long a spin keeps its core to itself: briefly where the peer may be waiting for that core. Elsewhere to yield is
-// dear, as the kernel that it enters may be the one that moves the messages (it doubled the round trip over Soft-RoCE).
+// How long a spin keeps its core to itself.
 constexpr std::chrono::microseconds kPolite{4};
-constexpr std::chrono::microseconds kPoliteAlone{100};
 // What an adaptive end still polls when waits are long.
 constexpr double kShortSpinUs = 20;
 
@@ -89,13 +87,8 @@ Status ChannelEnd::AwaitReady(const Message& message) {
 bool ChannelEnd::SpinUntilReady(Clock::time_point start) {
   const bool little = options_.adaptive && waited_long_;
   const auto end = start + Seconds((little ? std::min(kShortSpinUs, options_.spin_us) : options_.spin_us) * 1e-6);
-  const auto polite = options_.adaptive ? kPoliteAlone : kPolite;
-  auto yielded = start;
   for (auto now = start; now < end; now = Clock::now()) {
-    if (now - yielded > polite) {
-      sched_yield();
-      yielded = now;
-    }
+    if (now - start > kPolite) sched_yield();
     for (int i = 0; i < 32; ++i) {
       if (Ready()) return true;
       CpuRelax();
