@@ -1,7 +1,9 @@
-"""Settings of every test: JAX refuses silent promotion, and nothing may be left behind."""
+"""Settings of every test: JAX refuses silent promotion, nothing is compiled twice, and nothing may be left behind."""
 
 import contextlib
 import os
+import shutil
+import tempfile
 
 import jax
 import jaxtyping
@@ -10,8 +12,12 @@ import pytest
 from hypothesis import HealthCheck, settings
 from jax.extend import source_info_util
 
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+_CACHE_FROM_S = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+
 # Tests of GPU code need "cuda", or "cuda,cpu"; everything else runs on the CPU wherever it is.
-jax.config.update("jax_platforms", os.environ.get("LAMINA_TEST_PLATFORM", "cpu"))
+PLATFORM = os.environ.get("LAMINA_TEST_PLATFORM", "cpu")
+jax.config.update("jax_platforms", PLATFORM)
 # For runs with several replicas of the model.
 jax.config.update("jax_num_cpu_devices", 3)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -22,6 +28,16 @@ settings.load_profile("busy machine")
 
 # The type checker wraps every function; JAX should look through it when it names source lines.
 source_info_util.register_exclusion(os.path.dirname(jaxtyping.__file__))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One cache of compiled programs for all processes of this run: most start the same few models."""
+    if PLATFORM == "cpu" and _CACHE not in os.environ:
+        folder = tempfile.mkdtemp(prefix="lamina-tests-jax-cache-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        os.environ |= {_CACHE: folder, _CACHE_FROM_S: "0.05"}
+    jax.config.update("jax_compilation_cache_dir", os.environ.get(_CACHE))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", float(os.environ.get(_CACHE_FROM_S, "1")))
 
 
 def _workers() -> set[int]:
