@@ -54,9 +54,14 @@ def run(*command, **options):
 @contextlib.contextmanager
 def started(*command):
     """A process, and its output."""
-    with subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        yield process, process.stdout
+    # What a job in the background ignores its children would ignore, too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            yield process, process.stdout
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_shares_what_is_imported_and_nothing_else(python):
