@@ -20,7 +20,7 @@ using Stamp = ffi::BufferR1<ffi::S32>;  // [step, layer, batch]
 using ChannelIds = ffi::Span<const std::int64_t>;  // by device, then by batch
 
 // The channel of the message's batch among those that this device uses. A program may run on several devices; it then
-// names the channels of all of them. Numbers are not used twice: one that is not there was closed.
+// names the channels of all of them. A number that is not there was closed.
 ffi::Error Choose(ChannelIds channels, std::int32_t device, Role role, const Message& message,
                   std::shared_ptr<ChannelEnd>* channel, std::int64_t* id) {
   std::int32_t batches = 0;

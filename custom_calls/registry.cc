@@ -1,15 +1,14 @@
 #include "registry.h"
 
+#include <map>
 #include <mutex>
-#include <unordered_map>
 
 namespace lamina {
 namespace {
 
 struct Registry {
   std::mutex mutex;
-  std::int64_t next_id = 1;
-  std::unordered_map<std::int64_t, Registered> channels;
+  std::map<std::int64_t, Registered> channels;
 };
 
 // Never destroyed: a program may still run in another thread while the process exits.
@@ -23,8 +22,13 @@ Registry& TheRegistry() {
 std::int64_t RegisterChannel(Registered entry) {
   Registry& registry = TheRegistry();
   const std::lock_guard<std::mutex> lock(registry.mutex);
-  registry.channels.emplace(registry.next_id, std::move(entry));
-  return registry.next_id++;
+  std::int64_t id = 1;
+  for (const auto& [taken, channel] : registry.channels) {
+    if (taken != id) break;
+    ++id;
+  }
+  registry.channels.emplace(id, std::move(entry));
+  return id;
 }
 
 void UnregisterChannel(std::int64_t id) {

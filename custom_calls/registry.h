@@ -16,6 +16,8 @@ struct Registered {
   std::int32_t device = kAnyDevice;     // ordinal of the one device whose programs use it
 };
 
+// The lowest number that is free, so that programs of one session name the same channels as those of the session before
+// and a cache of compiled programs knows them. Whoever unregisters a channel runs no program of it any more.
 std::int64_t RegisterChannel(Registered entry);
 void UnregisterChannel(std::int64_t id);
 // A caller keeps the channel mapped for as long as it holds the pointer.

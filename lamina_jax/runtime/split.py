@@ -1,5 +1,6 @@
 """The model cut at its attends: slices run here, attention in workers, channels join them."""
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -221,6 +222,10 @@ class SplitExecutor(Executor):
     def close(self) -> None:
         for channel in self._channels():
             channel.abort()
+        for stamp in self._stamps:
+            # Slices still under way fail now; one that began later might meet another channel under the same number.
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                stamp.block_until_ready()
         self._pool.close()
         for channel in self._channels():
             channel.close()

@@ -239,7 +239,10 @@ class Channel(abc.ABC):
     @property
     @abc.abstractmethod
     def id(self) -> int:
-        """The number by which compiled programs of this process name the channel; never used twice."""
+        """The number by which compiled programs of this process name the channel.
+
+        Once it is closed another one may have its number: programs that name a closed channel must not run.
+        """
 
     @property
     @abc.abstractmethod

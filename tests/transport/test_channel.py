@@ -442,6 +442,17 @@ def test_closed_channel(connect, peer):
         jax.block_until_ready(program(make_stamp(0)))
 
 
+def test_number_of_a_closed_channel_is_used_again(kind):
+    """So that programs of the next session are those of this one, and JAX's cache has them compiled."""
+    options = {"peer": "the peer", "messages": []}
+    with create(kind, role="writer", **options) as first, create(kind, role="writer", **options) as second:
+        assert first.id != second.id
+        number = first.id
+        first.close()
+        with create(kind, role="reader", **options) as third:
+            assert third.id == number
+
+
 def test_connecting_without_need(kind):
     """Who handles channels of any kind connects all of them: without an answer if there is none."""
     mine = create(kind, role="writer", peer="the peer", messages=[])
