@@ -1,7 +1,8 @@
 """A channel between two processes of this machine, without XLA and inside jitted programs.
 
-Half a round trip of ping-pong, as ib_write_lat counts it, and messages of 1 MB one way, as ib_write_bw does. The last
-line is JSON, for whoever compares.
+Half a round trip of ping-pong, as ib_write_lat counts it, and messages of 1 MB one way, as ib_write_bw does. "native"
+is C++ alone, which makes and reads messages where they lie, as perftest does; "copied" copies them into the ring and
+out of it, as custom calls do; "jitted" is a program of XLA. The last line is JSON, for whoever compares.
 """
 
 import json
@@ -9,6 +10,7 @@ import multiprocessing
 import statistics
 import time
 from multiprocessing.connection import Connection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ _SIZES = flags.DEFINE_list("sizes", ["2", "2048", "32768"], "Bytes of a message 
 _ROUNDS = flags.DEFINE_integer("rounds", 1000, "Round trips without XLA.", lower_bound=20)
 _JITTED_ROUNDS = flags.DEFINE_integer("jitted_rounds", 200, "Round trips in a jitted program; 0 for none.")
 _MESSAGES = flags.DEFINE_integer("messages", 50, "Messages one way.", lower_bound=2)
+_NUM_SLOTS = flags.DEFINE_integer("num_slots", 8, "Messages that the ring holds.", lower_bound=1)
 _SPIN_US = flags.DEFINE_float("spin_us", None, "How long a wait polls before it sleeps; the kind's own if not given.")
 
 _LARGE = 1 << 20
@@ -56,15 +59,27 @@ def _peer(
     ):
         connection.send((rx.answer, tx.answer))
         connection.recv()
-        for size in sizes:
-            _custom_calls.ping_pong(tx.id, rx.id, size, rounds, False)
-        connection.send(_custom_calls.stream(rx.id, _LARGE, messages))
+        for copies in (False, True):
+            for size in sizes:
+                _custom_calls.ping_pong(tx.id, rx.id, size, rounds, first=False, copies=copies)
+            connection.send(_custom_calls.stream(rx.id, _LARGE, messages, copies))
         for size in jitted_sizes:
             pong = make_pong(rx, tx, size, jitted_rounds).lower().compile()
             connection.send("ready")
             pong().block_until_ready()
             pong().block_until_ready()
         connection.recv()
+
+
+def _native(tx: Channel, rx: Channel, sizes: list[int], copies: bool, connection: Connection) -> dict[str, Any]:
+    """Microseconds one way by size, and MiB/s."""
+    count = _ROUNDS.value
+    latency = {}
+    for size in sizes:
+        rounds = _custom_calls.ping_pong(tx.id, rx.id, size, count, first=True, copies=copies)
+        latency[size] = statistics.median(rounds[count // 10 :]) / 2e3
+    _custom_calls.stream(tx.id, _LARGE, _MESSAGES.value, copies)
+    return {"us": latency, "mib_per_s": (_MESSAGES.value - 1) * 1e9 / connection.recv()}
 
 
 def _jitted(tx: Channel, rx: Channel, size: int, connection: Connection) -> float:
@@ -88,28 +103,22 @@ def main(argv: list[str]) -> None:
     peer = context.Process(target=_peer, args=arguments, daemon=True)
     peer.start()
     large = MessageSpec(Tag.Q, (jax.ShapeDtypeStruct((_LARGE // 4,), jnp.float32),))
-    ends = {"peer": "echo", "messages": [large], **_waits()}
+    ends = {"peer": "echo", "messages": [large], "num_slots": _NUM_SLOTS.value, **_waits()}
     kind = channel_class(_KIND.value)
     with kind.create(role="writer", **ends) as tx, kind.create(role="reader", **ends) as rx:
         mine.send((tx.address, rx.address))
         for channel, answer in zip((tx, rx), mine.recv(), strict=True):
             channel.connect(answer)
         mine.send("go")
-        native = {}
-        for size in sizes:
-            rounds = _custom_calls.ping_pong(tx.id, rx.id, size, _ROUNDS.value, True)
-            native[size] = statistics.median(rounds[_ROUNDS.value // 10 :]) / 2e3
-        _custom_calls.stream(tx.id, _LARGE, _MESSAGES.value)
-        bandwidth = (_MESSAGES.value - 1) * 1e9 / mine.recv()  # MiB/s
+        native, copied = (_native(tx, rx, sizes, copies, mine) for copies in (False, True))
         jitted = {size: _jitted(tx, rx, size, mine) for size in _programs(sizes)}
         mine.send("done")
         peer.join(_TIMEOUT_S)
     for size in sizes:
-        print(
-            f"{size:8d} bytes: {native[size]:8.2f} us native, {jitted.get(size, float('nan')):8.2f} us jitted, one way"
-        )
-    print(f"{_LARGE:8d} bytes: {bandwidth:8.1f} MiB/s native")
-    print(json.dumps({"native_us": native, "jitted_us": jitted, "mib_per_s": bandwidth}))
+        in_program = f", {jitted[size]:8.2f} us jitted" if size in jitted else ""
+        print(f"{size:8d} bytes: {native['us'][size]:8.2f} us native, {copied['us'][size]:8.2f} us copied{in_program}")
+    print(f"{_LARGE:8d} bytes: {native['mib_per_s']:8.1f} MiB/s native, {copied['mib_per_s']:8.1f} MiB/s copied")
+    print(json.dumps({"native": native, "copied": copied, "jitted_us": jitted}))
 
 
 if __name__ == "__main__":

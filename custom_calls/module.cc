@@ -101,9 +101,10 @@ NB_MODULE(_custom_calls, module) {
 #endif
 
   module.def("ping_pong", [](std::int64_t outbox, std::int64_t inbox, std::uint64_t num_bytes, std::uint32_t count,
-                             bool first) { return Play({outbox, inbox, num_bytes, count, first}); },
-             nb::arg("outbox"), nb::arg("inbox"), nb::arg("num_bytes"), nb::arg("count"), nb::arg("first"), no_gil);
-  module.def("stream", &Stream, nb::arg("channel"), nb::arg("num_bytes"), nb::arg("count"), no_gil);
+                             bool first, bool copies) { return Play({outbox, inbox, num_bytes, count, first, copies}); },
+             nb::arg("outbox"), nb::arg("inbox"), nb::arg("num_bytes"), nb::arg("count"), nb::arg("first"),
+             nb::arg("copies"), no_gil);
+  module.def("stream", &Stream, nb::arg("channel"), nb::arg("num_bytes"), nb::arg("count"), nb::arg("copies"), no_gil);
 
   module.attr("ANY_DEVICE") = kAnyDevice;
   module.def("name_tag", &NameTag, nb::arg("tag"), nb::arg("name"));

@@ -29,17 +29,17 @@ Message Describe(std::uint64_t num_bytes, std::uint32_t number) {
   return message;
 }
 
-void Send(ChannelEnd& channel, const std::vector<char>& bytes, std::uint32_t number) {
+void Send(ChannelEnd& channel, const std::vector<char>& bytes, std::uint32_t number, bool copies) {
   char* payload = nullptr;
   Require(channel.Reserve(Describe(bytes.size(), number), &payload));
-  std::memcpy(payload, bytes.data(), bytes.size());
+  if (copies) std::memcpy(payload, bytes.data(), bytes.size());
   Require(channel.Publish());
 }
 
-void Recv(ChannelEnd& channel, std::vector<char>& bytes, std::uint32_t number) {
+void Recv(ChannelEnd& channel, std::vector<char>& bytes, std::uint32_t number, bool copies) {
   const char* payload = nullptr;
   Require(channel.Peek(Describe(bytes.size(), number), &payload));
-  std::memcpy(bytes.data(), payload, bytes.size());
+  if (copies) std::memcpy(bytes.data(), payload, bytes.size());
   Require(channel.Release());
 }
 
@@ -56,23 +56,23 @@ std::vector<std::int64_t> Play(const PingPong& game) {
   rounds.reserve(game.count);
   for (std::uint32_t i = 0; i < game.count; ++i) {
     const auto start = Clock::now();
-    if (game.first) Send(*outbox, bytes, i);
-    Recv(*inbox, bytes, i);
-    if (!game.first) Send(*outbox, bytes, i);
+    if (game.first) Send(*outbox, bytes, i, game.copies);
+    Recv(*inbox, bytes, i, game.copies);
+    if (!game.first) Send(*outbox, bytes, i, game.copies);
     rounds.push_back(Since(start));
   }
   return rounds;
 }
 
-std::int64_t Stream(std::int64_t id, std::uint64_t num_bytes, std::uint32_t count) {
+std::int64_t Stream(std::int64_t id, std::uint64_t num_bytes, std::uint32_t count, bool copies) {
   const auto channel = Find(id);
   std::vector<char> bytes(num_bytes);
   Clock::time_point start;
   for (std::uint32_t i = 0; i < count; ++i) {
     if (channel->role() == Role::kWriter) {
-      Send(*channel, bytes, i);
+      Send(*channel, bytes, i, copies);
     } else {
-      Recv(*channel, bytes, i);
+      Recv(*channel, bytes, i, copies);
     }
     if (i == 0) start = Clock::now();
   }

@@ -1,22 +1,31 @@
 """What only channels over RDMA promise. Needs an RDMA device: `make rdma-test` runs this in a virtual machine."""
 
+import contextlib
 import os
+import random
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from channel_peer import Mail, recv_all, send_all
+from channel_peer import Mail, Peer, create, recv_all, running_peer, send_all
 
 from lamina_jax import _custom_calls
-from lamina_jax.transport import Channel, ChannelAddress, attach, rc_queue_pair, verbs
+from lamina_jax.transport import Channel, ChannelAddress, Role, attach, rc_queue_pair, verbs
 
 FAILS = jax.errors.JaxRuntimeError
 ERROR_STATE = 6  # IBV_QPS_ERR
+# More of them with LAMINA_KILL_SEEDS=20.
+KILL_SEEDS = range(int(os.environ.get("LAMINA_KILL_SEEDS", "5")))
+ROLES: tuple[Role, ...] = ("writer", "reader")
+SMALL: dict[str, Any] = {"slot_bytes": 4096, "num_slots": 4, "timeout_s": 30.0}
 DEATH = "the peer does not answer any more: its process or host has died, or the link is down"
 
 needs_device = pytest.mark.skipif(verbs.rdma_problem() is not None, reason=str(verbs.rdma_problem()))
@@ -28,7 +37,7 @@ def join() -> Iterator[Callable[..., tuple[verbs.VerbsChannel, verbs.VerbsChanne
     made: list[Channel] = []
 
     def join(**options) -> tuple[verbs.VerbsChannel, verbs.VerbsChannel]:
-        options = {"slot_bytes": 4096, "num_slots": 4, "timeout_s": 30.0} | options
+        options = SMALL | options
         writer = verbs.VerbsChannel.create(role="writer", peer="the reader", messages=[], **options)
         made.append(writer)
         reader = attach(writer.address, role="reader", peer="the writer", timeout_s=options["timeout_s"])
@@ -44,7 +53,13 @@ def join() -> Iterator[Callable[..., tuple[verbs.VerbsChannel, verbs.VerbsChanne
 
 def move(channel: Channel, count: int = 1) -> None:
     """Sends, or receives, messages of 64 bytes, without XLA. Raises RuntimeError."""
-    _custom_calls.stream(channel.id, 64, count)
+    _custom_calls.stream(channel.id, 64, count, copies=True)
+
+
+def resources() -> list[int]:
+    """Queue pairs, completion queues and memory regions that the kernel holds, of all processes together."""
+    run = subprocess.run(["rdma", "resource", "show"], capture_output=True, text=True, timeout=60, check=True)
+    return [sum(map(int, re.findall(rf"\b{kind} (\d+)", run.stdout))) for kind in ("qp", "cq", "mr")]
 
 
 def break_queue_pair(channel: verbs.VerbsChannel) -> None:
@@ -133,10 +148,6 @@ os._exit(0)
 
 @needs_device
 def test_closing_gives_everything_back(join):
-    def resources() -> list[int]:
-        run = subprocess.run(["rdma", "resource", "show"], capture_output=True, text=True, timeout=60, check=True)
-        return [sum(map(int, re.findall(rf"\b{kind} (\d+)", run.stdout))) for kind in ("qp", "cq", "mr")]
-
     before = resources()
     for _ in range(3):
         writer, reader = join()
@@ -146,6 +157,70 @@ def test_closing_gives_everything_back(join):
         writer.close()
         reader.close()
     assert resources() == before
+
+
+class Doomed:
+    """A peer that is killed some milliseconds into an order of the seed's choice."""
+
+    def __init__(self, peer: Peer, rng: random.Random, orders: Sequence[str]):
+        self._peer = peer
+        self._order = rng.choice(orders)
+        self._after_s = rng.random() * 0.1
+
+    def start(self, order: str, *arguments: object) -> None:
+        """Gives an order, and kills if it is the one."""
+        with contextlib.suppress(OSError):  # it is dead already
+            self._peer.start(order, *arguments)
+        if order == self._order:
+            threading.Timer(self._after_s, self._peer.signal, [signal.SIGKILL]).start()
+
+    def do(self, order: str, *arguments: object):
+        """The answer to an order; None of a dead peer."""
+        self.start(order, *arguments)
+        try:
+            return self._peer.result()
+        except (OSError, EOFError):
+            return None
+
+    def join(self, role: Role, *, creates: bool) -> Channel | None:
+        """Our end of a channel to it; None if it dies before there is one."""
+        theirs = "reader" if role == "writer" else "writer"
+        if creates:
+            address = self.do("create", 0, "verbs", theirs, SMALL)
+            channel = address and attach(address, role=role, peer="the peer", timeout_s=SMALL["timeout_s"])
+            if channel:
+                self.do("connect", 0, channel.answer)
+            return channel
+        channel = create("verbs", role=role, peer="the peer", messages=[], **SMALL)
+        self.do("attach", 0, channel.address, theirs, {})
+        if answer := self.do("answer", 0):
+            channel.connect(answer)
+        return channel
+
+
+@needs_device
+@pytest.mark.parametrize("seed", KILL_SEEDS)
+def test_peer_killed_whenever_leaves_nothing(seed):
+    """While it makes, takes or connects its end, or moves messages: no wait of ours lasts, and nothing is left."""
+    rng, before = random.Random(seed), resources()
+    creates, role = rng.random() < 0.5, rng.choice(ROLES)
+    joining = ("create", "connect") if creates else ("attach", "answer")
+    with running_peer("doomed") as peer:
+        peer.do("run", ["true"])  # it is up
+        doomed = Doomed(peer, rng, [*joining, "stream", "stream"])
+        channel = doomed.join(role, creates=creates)
+        if channel is not None and channel.connected:
+            doomed.start("stream", 0, 1 << 30)
+            start = time.monotonic()
+            with pytest.raises(RuntimeError, match=rf"the peer .*{DEATH}.*\(.* of rxe"):
+                move(channel, 1 << 30)
+            assert time.monotonic() - start < SMALL["timeout_s"]
+        if channel is not None:
+            channel.close()
+        peer.join()
+    deadline = time.monotonic() + 30
+    while (left := resources()) != before:
+        assert time.monotonic() < deadline, (left, before)
 
 
 @needs_device

@@ -1,10 +1,12 @@
 """Checks of channels over RDMA: beside perftest on the same device, and what they do when something breaks."""
 
 import contextlib
+import dataclasses
 import json
 import re
 import sys
 from collections.abc import Iterator
+from statistics import median
 from typing import Any, Final
 
 from lamina_jax.testing.rdma.machines import LOOPBACK_DEVICE, JobError, Machine
@@ -30,6 +32,7 @@ _PYTEST: Final = (
 )
 """Runs tests in a machine, without checking types, and writes nothing into the checkout."""
 
+_ROUNDS: Final = 3
 _SPIN_US: Final = 10000
 """Longer than a wait lasts here: perftest never sleeps either."""
 _ON_LOOPBACK: Final = {"LAMINA_RDMA_DEVICE": LOOPBACK_DEVICE}
@@ -41,43 +44,56 @@ def beside_perftest(machines: tuple[Machine, ...]) -> Iterator[Row]:
     The figures depend on what else the two cores do, so they are told and not judged.
     """
     (machine,) = machines
-    lat = {n: [_perftest_latency(machine, n)] for n in LATENCY_NBYTES}
-    bandwidth = write_bandwidth(
-        machine, machine, device=LOOPBACK_DEVICE, nbytes=BANDWIDTH_NBYTES, address="127.0.0.1", iterations=50
-    )
-    channel = _channel_figures(machine)
+    rounds = [_Round.run(machine, jitted=i == _ROUNDS - 1) for i in range(_ROUNDS)]
+    last = rounds[-1].channel
     for n in LATENCY_NBYTES:
-        lat[n].append(_perftest_latency(machine, n))
-        theirs = sum(lat[n]) / 2
-        native = channel["native_us"][str(n)]
-        jitted = channel["jitted_us"].get(str(n))
-        also = f", through XLA {jitted:.1f} us" if jitted is not None else ""
+        theirs = [r.latency_us[n] for r in rounds]
+        native, copied = ([r.channel[how]["us"][str(n)] for r in rounds] for how in ("native", "copied"))
+        jitted = last["jitted_us"].get(str(n))
         yield passed(
             f"verbs {n} B, one way",
-            f"{native:.1f} us, {native / theirs:.2f}x of ib_write_lat's {lat[n][0]:.1f} and {lat[n][1]:.1f} us{also}",
+            f"{_beside(native, theirs)} of ib_write_lat's {_spread(theirs)} us; "
+            f"copied {median(copied):.1f}" + (f", through XLA {jitted:.1f}" if jitted is not None else ""),
         )
-    ours = channel["mib_per_s"]
+    theirs = [r.mib_per_s for r in rounds]
+    native, copied = ([r.channel[how]["mib_per_s"] for r in rounds] for how in ("native", "copied"))
     yield passed(
         f"verbs {BANDWIDTH_NBYTES >> 20} MB messages",
-        f"{ours:.1f} MiB/s, {ours / bandwidth.mean_mib_s:.2f}x of ib_write_bw's {bandwidth.mean_mib_s:.1f} MiB/s",
+        f"{_beside(native, theirs)} of ib_write_bw's {_spread(theirs)} MiB/s; copied {median(copied):.1f}",
     )
 
 
-def _perftest_latency(machine: Machine, nbytes: int) -> float:
-    rounds = 1000 if nbytes < 4096 else 200
-    return write_latency(
-        machine, machine, device=LOOPBACK_DEVICE, nbytes=nbytes, address="127.0.0.1", iterations=rounds
-    ).median_us
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Round:
+    """Figures of perftest and of a channel, taken one after the other."""
+
+    latency_us: dict[int, float]
+    mib_per_s: float
+    channel: dict[str, Any]
+
+    @classmethod
+    def run(cls, machine: Machine, *, jitted: bool) -> "_Round":
+        here: dict[str, Any] = {"device": LOOPBACK_DEVICE, "address": "127.0.0.1"}
+        latency = {
+            n: write_latency(machine, machine, nbytes=n, iterations=1000 if n < 4096 else 200, **here).median_us
+            for n in LATENCY_NBYTES
+        }
+        bandwidth = write_bandwidth(machine, machine, nbytes=BANDWIDTH_NBYTES, iterations=50, **here)
+        return cls(latency_us=latency, mib_per_s=bandwidth.mean_mib_s, channel=_channel_figures(machine, jitted=jitted))
 
 
-def _channel_figures(machine: Machine) -> dict[str, Any]:
-    sizes = ",".join(map(str, LATENCY_NBYTES))
+def _beside(ours: list[float], theirs: list[float]) -> str:
+    return f"{_spread(ours)}, {median(ours) / median(theirs):.2f}x"
+
+
+def _spread(figures: list[float]) -> str:
+    return f"{median(figures):.1f} ({min(figures):.0f}-{max(figures):.0f})"
+
+
+def _channel_figures(machine: Machine, *, jitted: bool) -> dict[str, Any]:
     command = [
-        sys.executable,
-        "benchmarks/channel_native.py",
-        "--kind=verbs",
-        f"--sizes={sizes}",
-        f"--spin_us={_SPIN_US}",
+        *(sys.executable, "benchmarks/channel_native.py", "--kind=verbs", f"--spin_us={_SPIN_US}"),
+        *(f"--sizes={','.join(map(str, LATENCY_NBYTES))}", f"--jitted_rounds={200 if jitted else 0}"),
     ]
     output = machine.run(command, env=_ON_LOOPBACK, timeout_s=120, name="channel")
     return json.loads(output.strip().splitlines()[-1])

@@ -9,8 +9,8 @@
 Each is a QEMU without hardware acceleration that runs a stock kernel on this machine's own files, read-only below a
 layer of memory: the checkout, its virtual environment and every program lie where they lie here. What a machine writes
 is gone with it, but for its `folder`, which has the same path in both and keeps what is written there.
-Jobs run as root. Two machines have an Ethernet link between their eth0, each with the Soft-RoCE device `DEVICE`; a
-single one has an eth0 without a link, and `LOOPBACK_DEVICE` on lo besides.
+Jobs run as root. Each has the Soft-RoCE devices `DEVICE` on eth0 and `LOOPBACK_DEVICE` on lo. Two machines have an
+Ethernet link between their eth0; that of a single one leads nowhere.
 
 A machine waits for its jobs on a serial line, without polling. Nothing outlives the `with`: leaving it, also by Ctrl-C,
 hangs up, which powers the machine off; one that does not is killed, as it is when its time is up.
@@ -42,7 +42,7 @@ ROOT: Final = Path(__file__).resolve().parents[3]
 DEVICE: Final = "rxe0"
 """The RDMA device on eth0."""
 LOOPBACK_DEVICE: Final = "rxelo"
-"""The RDMA device on lo, of a machine that is alone."""
+"""The RDMA device on lo."""
 GID_INDEX: Final = 1
 """The RoCE v2 GID of the IPv4 address, on both devices."""
 MTU: Final = 4200
@@ -343,15 +343,15 @@ class Machine:
 
     def set_up_network(self, *, linked: bool) -> None:
         """Gives eth0 its address and puts the RDMA devices on. Raises JobError with what the programs said."""
-        loopback = f"rdma link add {LOOPBACK_DEVICE} type rxe netdev lo\n{_wait_for_gid(LOOPBACK_DEVICE)}"
         self._configure(f"""
             {"" if linked else "ip link set dummy0 name eth0"}
             ip addr add {self.address}/24 dev eth0
             ip link set eth0 mtu {MTU} up
             rdma link add {DEVICE} type rxe netdev eth0
             {_wait_for_gid(DEVICE)}
+            rdma link add {LOOPBACK_DEVICE} type rxe netdev lo
+            {_wait_for_gid(LOOPBACK_DEVICE)}
             printf '10.99.0.1 a\n10.99.0.2 b\n' >> /etc/hosts
-            {"" if linked else loopback}
         """)
 
     def warm_python(self) -> None:
@@ -379,6 +379,9 @@ class Machine:
             "JAX_PLATFORMS": "cpu",
             # Compiling is 20 times slower here, and what is compiled runs for a moment.
             "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+            # A program that ran before is not compiled again.
+            "JAX_COMPILATION_CACHE_DIR": "/root/jax-cache",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONUNBUFFERED": "1",
             **added,

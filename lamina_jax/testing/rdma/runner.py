@@ -26,7 +26,7 @@ class Check:
 
     Attributes:
         name: Of its rows, if it yields none or fails.
-        run: Given the machines, yields rows; their seconds are filled in. To raise is to fail.
+        run: Given `num_machines` machines, yields rows; their seconds are filled in. To raise is to fail.
         num_machines: How many it needs: 1 or 2.
         limit_s: Seconds after which it is interrupted.
     """
@@ -64,22 +64,22 @@ class Runner:
         self._num_boots = 0
 
     def run(self, checks: Sequence[Check]) -> None:
-        """Runs all, first those that need one machine. Those that need equally many share a boot.
+        """Runs all in their order, in one boot of as many machines as any of them needs.
 
         Between two checks the machines are reset. A check that left a process or a file behind has failed, but for
         jobs of its own that still run: these are killed. Machines that are gone are booted again.
         """
-        for count in (1, 2):
-            waiting = [check for check in checks if check.num_machines == count]
-            while waiting:
-                num_waiting = len(waiting)
-                self._boot(count, waiting)
-                if len(waiting) == num_waiting:
-                    self._note(failed(waiting.pop(0).name, "no machine to run it in"), time.monotonic())
+        waiting = list(checks)
+        while waiting:
+            num_waiting = len(waiting)
+            self._boot(waiting)
+            if len(waiting) == num_waiting:
+                self._note(failed(waiting.pop(0).name, "no machine to run it in"), time.monotonic())
 
-    def _boot(self, count: int, waiting: list[Check]) -> None:
+    def _boot(self, waiting: list[Check]) -> None:
         """Runs checks in one boot, and takes them off the list, until they are done or a machine is gone."""
         start = time.monotonic()
+        count = max(check.num_machines for check in waiting)
         self._num_boots += 1
         name = f"boot {self._num_boots}: {count} machine{'s' * (count > 1)}"
         limit_s = max(self._deadline - start, 0.0) + _GRACE_S
@@ -104,7 +104,7 @@ class Runner:
         num_rows = len(self.rows)
         try:
             with _time_limit(limit_s):
-                for row in check.run(booted):
+                for row in check.run(booted[: check.num_machines]):
                     self._note(row, start)
                     start = time.monotonic()
             if len(self.rows) == num_rows:
