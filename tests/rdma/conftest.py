@@ -1,7 +1,7 @@
 """A machine that is none: the agent of the machines, as a process of this one."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -24,8 +24,8 @@ class LocalMachine(Machine):
     def _configure(self, script: str) -> None:
         del script
 
-    def warm_python(self) -> None:
-        pass
+    def warm_python(self, modules: Sequence[str] = ()) -> None:
+        del modules
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from lamina_jax.transport import Channel, ChannelAddress, Role, attach, rc_queue
 FAILS = jax.errors.JaxRuntimeError
 ERROR_STATE = 6  # IBV_QPS_ERR
 # More of them with LAMINA_KILL_SEEDS=20.
-KILL_SEEDS = range(int(os.environ.get("LAMINA_KILL_SEEDS", "5")))
+KILL_SEEDS = range(int(os.environ.get("LAMINA_KILL_SEEDS", "3")))
 ROLES: tuple[Role, ...] = ("writer", "reader")
 SMALL: dict[str, Any] = {"slot_bytes": 4096, "num_slots": 4, "timeout_s": 30.0}
 DEATH = "the peer does not answer any more: its process or host has died, or the link is down"

@@ -28,7 +28,7 @@ _CONFORMANCE_TESTS: Final = (
 _PYTEST: Final = (
     *(sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers"),
     # What the warm Python has imported.
-    *("-W", "ignore::pytest.PytestAssertRewriteWarning"),
+    *("-W", "ignore::pytest.PytestAssertRewriteWarning", "--durations=12"),
 )
 """Runs tests in a machine, without checking types, and writes nothing into the checkout."""
 

@@ -8,7 +8,7 @@
 
 Each is a QEMU without hardware acceleration that runs a stock kernel on this machine's own files, read-only below a
 layer of memory: the checkout, its virtual environment and every program lie where they lie here. What a machine writes
-is gone with it, but for its `folder`, which has the same path in both and keeps what is written there.
+is gone with it, but for what it writes to `folder`, which has the same path in all machines and here.
 Jobs run as root. Each has the Soft-RoCE devices `DEVICE` on eth0 and `LOOPBACK_DEVICE` on lo. Two machines have an
 Ethernet link between their eth0; that of a single one leads nowhere.
 
@@ -354,15 +354,20 @@ class Machine:
             printf '10.99.0.1 a\n10.99.0.2 b\n' >> /etc/hosts
         """)
 
-    def warm_python(self) -> None:
+    def warm_python(self, modules: Sequence[str] = warm_python.OF_ALL) -> None:
         """Has the `python` of jobs started later share what it imports (see warm_python.py), which takes a minute.
+
+        Args:
+            modules: What is shared; other imports take their time in each job.
 
         Raises:
             JobError, MachineError: It does not come up; `python` is then as it was.
         """
         socket_path, folder = Path("/run/warm-python"), Path(sys.executable).parent
         job = self.start(
-            [sys.executable, "-m", "lamina_jax.testing.rdma.warm_python", socket_path], name="warm python", stays=True
+            [sys.executable, "-m", "lamina_jax.testing.rdma.warm_python", socket_path, *modules],
+            name="warm python",
+            stays=True,
         )
         job.wait_for("^ready", timeout_s=_WARM_LIMIT_S)
         self._configure(warm_python.install(folder, socket_path, cold=folder / "cold-python"))
@@ -380,7 +385,7 @@ class Machine:
             # Compiling is 20 times slower here, and what is compiled runs for a moment.
             "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
             # A program that ran before is not compiled again.
-            "JAX_COMPILATION_CACHE_DIR": "/root/jax-cache",
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder.parent / "jax-cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONUNBUFFERED": "1",
@@ -516,7 +521,7 @@ def qemu_command(
     """The command that runs a machine: name, files, control port and link as in `Machine` and `Link`."""
     append = [
         "console=ttyS0 quiet loglevel=4 panic=-1 oops=panic mitigations=off nokaslr tsc=reliable no_timer_check",
-        f"lamina.name={name} lamina.folder={folder} lamina.modules={image.modules}",
+        f"lamina.name={name} lamina.folder={folder.parent} lamina.modules={image.modules}",
         f"lamina.python={sys.executable} lamina.agent={_AGENT}",
     ]
     network = ["-nic", "none"]
@@ -536,7 +541,7 @@ def qemu_command(
         *("-device", "virtserialport,chardev=control,name=control"),
         *("-fsdev", "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap"),
         *("-device", "virtio-9p-pci,fsdev=host,mount_tag=host"),
-        *("-fsdev", f"local,id=folder,path={folder},security_model=none,multidevs=remap"),
+        *("-fsdev", f"local,id=folder,path={folder.parent},security_model=none,multidevs=remap"),
         *("-device", "virtio-9p-pci,fsdev=folder,mount_tag=folder"),
         *network,
     ]

@@ -13,6 +13,7 @@ from typing import Final
 from lamina_jax.testing.rdma.image import Image
 from lamina_jax.testing.rdma.machines import Machine, machines
 from lamina_jax.testing.rdma.report import Row, failed, passed
+from lamina_jax.testing.rdma.warm_python import OF_ALL, OF_ATTENTION_WORKERS
 
 _LEAST_S: Final = 5.0
 """A check that would get less than that is not begun."""
@@ -87,8 +88,10 @@ class Runner:
             with machines(
                 count, folder=self._folder / f"boot-{self._num_boots}", image=self._image, limit_s=limit_s
             ) as booted:
+                # Of two machines the second has the attention workers; tests and engines are on the first.
+                modules = [OF_ALL, *[OF_ATTENTION_WORKERS] * (count - 1)]
                 with ThreadPoolExecutor() as pool:
-                    list(pool.map(lambda machine: machine.warm_python(), booted))
+                    list(pool.map(lambda machine, names: machine.warm_python(names), booted, modules))
                 self._note(passed(name), start)
                 while waiting and all(machine.alive for machine in booted):
                     self._check(waiting.pop(0), booted)

@@ -1,8 +1,8 @@
 """A Python that has imported what programs of the project import, and becomes any of them in a moment.
 
-    python -m lamina_jax.testing.rdma.warm_python SOCKET
+    python -m lamina_jax.testing.rdma.warm_python SOCKET MODULE...
 
-In a machine `import jax` takes 20 s, and a dozen programs are started. This one imports everything once, and forks for
+In a machine `import jax` takes 20 s, and a dozen programs are started. This one imports modules once, and forks for
 each program that `warm_client.py`, installed as `python`, asks for. A program so started is a process of its own, with
 the arguments, environment, file descriptors, limits and signals of the one that asked, a session of its own, and all of
 Python's ways to end; it shares only what was imported. It lives as long as who asked: the client passes signals on,
@@ -34,18 +34,23 @@ from typing import Any, Final, NoReturn
 from lamina_jax.testing.rdma import warm_client
 
 _CLIENT: Final = Path(warm_client.__file__)
-_IMPORTED: Final = (
-    "hypothesis",
-    "lamina_jax.engine.llm",
+OF_ATTENTION_WORKERS: Final = (
     "lamina_jax.runtime.attention_worker",
     "lamina_jax.runtime.checks",
+    "lamina_jax.transport.verbs",
+    "ml_collections",
+)
+"""What attention workers import."""
+OF_ALL: Final = (
+    *OF_ATTENTION_WORKERS,
+    "hypothesis",
+    "lamina_jax.engine.llm",
     "lamina_jax.runtime.cluster_workers",
     "lamina_jax.runtime.model_server",
     "lamina_jax.runtime.remote_model",
-    "lamina_jax.transport.verbs",
-    "ml_collections",
     "pytest",
 )
+"""What engines, workers and tests import."""
 _PYTHON_SIGNALS: Final = (signal.SIGPIPE, signal.SIGXFSZ)
 """Python ignores these from its start on, so they tell nothing of who asked."""
 
@@ -84,8 +89,8 @@ END-OF-CLIENT
     """
 
 
-def import_all(modules: Sequence[str] = _IMPORTED) -> None:
-    """Imports modules, by default what engine and workers import."""
+def import_all(modules: Sequence[str]) -> None:
+    """Imports modules by their names."""
     for module in modules:
         importlib.import_module(module)
 
@@ -259,5 +264,5 @@ def _run(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    import_all()
+    import_all(sys.argv[2:])
     run(serve(sys.argv[1]).argv)
