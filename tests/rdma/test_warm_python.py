@@ -94,6 +94,11 @@ def test_ends_as_the_program_does(python, code, status):
     assert run(python, "-c", code).returncode == status
 
 
+def test_a_program_may_close_its_output(python):
+    got = run(python, "-c", "import sys; print('last words'); sys.stdout.close()")
+    assert (got.stdout, got.stderr, got.returncode) == ("last words\n", "", 0)
+
+
 @pytest.mark.parametrize(("number", "ends"), [(signal.SIGTERM, -15), (signal.SIGINT, -2)])
 def test_signals_reach_the_program(python, number, ends):
     with started(python, "-c", "print(flush=True); import time; time.sleep(60)") as (process, output):
