@@ -166,8 +166,8 @@ class Channel(abc.ABC):
             role: The end to take.
             peer: What errors call the other end, e.g. "attention worker 1".
             messages: Every message that will travel. Each must fit a slot.
-            num_slots: Messages in flight before a send waits. Over verbs it may wait with a quarter of them in flight, as
-                the reader gives slots back several at a time.
+            num_slots: Messages in flight before a send waits. Over verbs it may wait with a quarter of them in flight,
+                as the reader gives slots back several at a time.
             slot_bytes: Bytes of tensors per slot; None takes the largest of `messages`.
             timeout_s: Seconds that one send or recv waits at most.
 
