@@ -47,7 +47,7 @@ _MACHINES = flags.DEFINE_integer(
     "machines", 2, "Run only checks for which so many are enough: 1 or 2.", lower_bound=1, upper_bound=2
 )
 _KEEP_LOGS = flags.DEFINE_bool("keep_logs", False, "Keep what machines and jobs wrote also if all passed.")
-_LIMIT_S = flags.DEFINE_float("limit_s", 1500.0, "Seconds that all checks may take together.", lower_bound=1)
+_LIMIT_S = flags.DEFINE_float("limit_s", 2400.0, "Seconds that all checks may take together.", lower_bound=1)
 _WORK_DIR = flags.DEFINE_string("work_dir", str(WORK), "Where kernel and logs are.")
 
 

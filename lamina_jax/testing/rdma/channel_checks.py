@@ -16,7 +16,7 @@ from lamina_jax.transport import channel_kinds
 
 LATENCY_NBYTES: Final = (2, 2048, 32768)
 BANDWIDTH_NBYTES: Final = 1 << 20
-CHANNELS_LIMIT_S: Final = 240.0
+CHANNELS_LIMIT_S: Final = 400.0
 
 _CONFORMANCE_TESTS: Final = (
     "every-dtype",
