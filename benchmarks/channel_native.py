@@ -1,8 +1,9 @@
 """A channel between two processes of this machine, without XLA and inside jitted programs.
 
 Half a round trip of ping-pong, as ib_write_lat counts it, and messages of 1 MB one way, as ib_write_bw does. "native"
-is C++ alone, which makes and reads messages where they lie, as perftest does; "copied" copies them into the ring and
-out of it, as custom calls do; "jitted" is a program of XLA. The last line is JSON, for whoever compares.
+is C++ alone, which leaves what lies in the ring as it is, like perftest (so over shm no byte moves); "copied" copies
+messages into the ring and out of it, as custom calls do; "jitted" is a program of XLA. The last line is JSON, for
+whoever compares.
 """
 
 import json

@@ -1,5 +1,5 @@
 // What a channel takes when no XLA is around it: messages thrown back and forth by C++ alone. With `copies` they are
-// copied into a slot and out of it, as custom calls do; without, they are made and read where they lie, as perftest does.
+// copied into a slot and out of it, as custom calls do; without, nobody touches what lies in the slots, as in perftest.
 #pragma once
 
 #include <cstdint>

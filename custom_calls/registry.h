@@ -17,7 +17,8 @@ struct Registered {
 };
 
 // The lowest number that is free, so that programs of one session name the same channels as those of the session before
-// and a cache of compiled programs knows them. Whoever unregisters a channel runs no program of it any more.
+// and a cache of compiled programs knows them. Whoever has closed the channels of a session waits for its programs before
+// the next one opens.
 std::int64_t RegisterChannel(Registered entry);
 void UnregisterChannel(std::int64_t id);
 // A caller keeps the channel mapped for as long as it holds the pointer.

@@ -19,7 +19,8 @@ To add a check, write a function in a module of lamina_jax/testing/rdma and put 
 
     Check(name="link down", run=link_down, num_machines=2, limit_s=120)
 
-Paths are the same inside and outside, but of what is written in a machine only files below `machine.folder` come out.
+Paths are the same inside and outside, but of what is written in a machine only files below `machine.folder.parent`,
+which both share, come out.
 Afterwards the link is brought back, jobs that still run are killed, and a process or file of /dev/shm that these have
 left behind is a failure. The machines are 10.99.0.1 and 10.99.0.2; each has an RDMA device rxe0 and, on lo, rxelo. The
 GID index is 1. Jobs are root's, who may lock all memory; one that may not is

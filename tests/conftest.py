@@ -1,4 +1,4 @@
-"""Settings of every test: JAX refuses silent promotion, nothing is compiled twice, and nothing may be left behind."""
+"""Settings of every test: JAX refuses silent promotion, keeps what it compiled, and nothing may be left behind."""
 
 import contextlib
 import os

@@ -143,6 +143,7 @@ class ModelServant(Servant):
             self._workers.close()
 
     def close(self) -> None:
+        # Again: this waits for the slices that were dispatched meanwhile, whose channels' numbers are free from now on.
         self.abort()
         self._reader.shutdown(wait=True, cancel_futures=True)
 

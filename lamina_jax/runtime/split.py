@@ -1,5 +1,6 @@
 """The model cut at its attends: slices run here, attention in workers, channels join them."""
 
+import collections
 import contextlib
 import itertools
 import math
@@ -116,6 +117,9 @@ class SplitExecutor(Executor):
         self._replicas = list(replicas)
         self._weights: list[list[jax.Array]] = []
         self._stamps = [jax.device_put(first_stamp(b), self._replicas[0]) for b in range(num_batches)]
+        # Of slices on several replicas, whose stamps do not depend on one another.
+        self._in_flight: collections.deque[jax.Array] = collections.deque()
+        self._closed = False
         self._num_steps = [0] * num_batches
         self._num_slices_done = 0
         self._prepared: set[tuple[Bucket, int]] = set()
@@ -180,6 +184,8 @@ class SplitExecutor(Executor):
         first = {turn.batch: self._replicas[turn.replica] for turn in order if turn.slice == 0}
         values = [dict(enumerate(self._inputs(p, t, first[p.batch]))) for p, t in zip(plans, tokens, strict=True)]
         for turn in order:
+            if self._closed:
+                raise RuntimeError("the executor was closed while it dispatched a step")
             i = index[turn.batch]
             if len(self._replicas) == 1:
                 # As the slice before left it: nothing is copied to the device between slices.
@@ -190,7 +196,11 @@ class SplitExecutor(Executor):
             else:
                 # That of the messages it awaits, of the layer before. What else orders it is its context.
                 stamp = np.array([self._num_steps[turn.batch], turn.slice - 1, turn.batch], np.int32)
-            self._stamps[turn.batch] = sliced.dispatch(turn, values[i], stamp)
+            self._stamps[turn.batch] = stamp = sliced.dispatch(turn, values[i], stamp)
+            if len(self._replicas) > 1:
+                self._in_flight.append(stamp)
+                while self._in_flight and self._in_flight[0].is_ready():
+                    self._in_flight.popleft()
             if turn.slice == sliced.num_slices - 1:
                 (logits,) = sliced.outputs(values[i])
                 yield i, logits
@@ -220,15 +230,18 @@ class SplitExecutor(Executor):
         return first_failure(self._channels())
 
     def close(self) -> None:
+        self._closed = True
         for channel in self._channels():
             channel.abort()
-        for stamp in self._stamps:
-            # Slices still under way fail now; one that began later might meet another channel under the same number.
-            with contextlib.suppress(jax.errors.JaxRuntimeError):
-                stamp.block_until_ready()
         self._pool.close()
-        for channel in self._channels():
-            channel.close()
+        try:
+            # Slices still under way fail now; one that began later might meet another channel under the same number.
+            for stamp in (*self._stamps, *self._in_flight):
+                with contextlib.suppress(jax.errors.JaxRuntimeError):
+                    stamp.block_until_ready()
+        finally:
+            for channel in self._channels():
+                channel.close()
 
     def _channels(self) -> Iterator[Channel]:
         return itertools.chain(*self._up, *self._down, *self._context_out, *self._context_in)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -105,7 +106,8 @@ def channels(machines: tuple[Machine, ...]) -> Iterator[Row]:
     kinds = [kind for kind in ("shm", "tcp", "verbs") if kind in channel_kinds()]
     chosen = f"test_verbs or ({' or '.join(kinds)}) and ({' or '.join(_CONFORMANCE_TESTS)})"
     files = ["tests/transport/test_channel.py", "tests/transport/test_verbs.py"]
-    job = machine.start([*_PYTEST, "-k", chosen, *files], env=_ON_LOOPBACK, name="channels")
+    more = {name: os.environ[name] for name in ("LAMINA_KILL_SEEDS",) if name in os.environ}
+    job = machine.start([*_PYTEST, "-k", chosen, *files], env=_ON_LOOPBACK | more, name="channels")
     with contextlib.suppress(JobError):  # killed when its time is up: what it found until then counts
         job.wait(timeout_s=CHANNELS_LIMIT_S)
     for kind in kinds:

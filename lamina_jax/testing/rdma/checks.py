@@ -74,6 +74,7 @@ CHECKS: Final = (
     Check(name="channel beside perftest", run=beside_perftest, num_machines=1, limit_s=300),
     Check(name="channels", run=channels, num_machines=1, limit_s=CHANNELS_LIMIT_S + 10),
     Check(name="tokens", run=tokens_on_one_machine, num_machines=1, limit_s=500),
+    Check(name="two devices", run=devices, num_machines=2, limit_s=90),
     Check(name="two perftest", run=perftest_link, num_machines=2, limit_s=120),
     Check(name="two with loss", run=packet_loss, num_machines=2, limit_s=60),
     Check(name="two that break", run=cluster_that_breaks, num_machines=2, limit_s=900),
