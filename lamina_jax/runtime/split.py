@@ -118,7 +118,7 @@ class SplitExecutor(Executor):
         self._weights: list[list[jax.Array]] = []
         self._stamps = [jax.device_put(first_stamp(b), self._replicas[0]) for b in range(num_batches)]
         # Of slices on several replicas, whose stamps do not depend on one another.
-        self._in_flight: collections.deque[jax.Array] = collections.deque()
+        self._in_flight: collections.deque[Any] = collections.deque()
         self._closed = False
         self._num_steps = [0] * num_batches
         self._num_slices_done = 0
