@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import time
 
 import jax
 import jaxtyping
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from jax.extend import source_info_util
 
+_SHM_LIMIT_S = 10.0
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
 _CACHE_FROM_S = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 
@@ -55,4 +57,10 @@ def nothing_left_behind():
     workers, files = _workers(), set(os.listdir("/dev/shm"))
     yield
     assert _workers() <= workers, "attention workers still run"
-    assert set(os.listdir("/dev/shm")) <= files
+    left = set(os.listdir("/dev/shm")) - files
+    # A test beside this one has files, too, but only until both ends of a channel hold them.
+    deadline = time.monotonic() + _SHM_LIMIT_S
+    while left and time.monotonic() < deadline:
+        time.sleep(0.05)
+        left &= set(os.listdir("/dev/shm"))
+    assert not left
