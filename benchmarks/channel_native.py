@@ -26,7 +26,6 @@ _SIZES = flags.DEFINE_list("sizes", ["2", "2048", "32768"], "Bytes of a message 
 _ROUNDS = flags.DEFINE_integer("rounds", 1000, "Round trips without XLA.", lower_bound=20)
 _JITTED_ROUNDS = flags.DEFINE_integer("jitted_rounds", 200, "Round trips in a jitted program; 0 for none.")
 _MESSAGES = flags.DEFINE_integer("messages", 50, "Messages one way.", lower_bound=2)
-_NUM_SLOTS = flags.DEFINE_integer("num_slots", 8, "Messages that the ring holds.", lower_bound=1)
 _SPIN_US = flags.DEFINE_float("spin_us", None, "How long a wait polls before it sleeps; the kind's own if not given.")
 
 _LARGE = 1 << 20
@@ -104,7 +103,7 @@ def main(argv: list[str]) -> None:
     peer = context.Process(target=_peer, args=arguments, daemon=True)
     peer.start()
     large = MessageSpec(Tag.Q, (jax.ShapeDtypeStruct((_LARGE // 4,), jnp.float32),))
-    ends = {"peer": "echo", "messages": [large], "num_slots": _NUM_SLOTS.value, **_waits()}
+    ends = {"peer": "echo", "messages": [large], **_waits()}
     kind = channel_class(_KIND.value)
     with kind.create(role="writer", **ends) as tx, kind.create(role="reader", **ends) as rx:
         mine.send((tx.address, rx.address))

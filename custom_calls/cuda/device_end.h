@@ -88,8 +88,8 @@ class DeviceEnd : public std::enable_shared_from_this<DeviceEnd> {
   Status failure_;
 };
 
-// The ends of GPUs of this process by number. A number is that of no other channel, and none is used twice. Null if there is no
-// such end (any more).
+// The ends of GPUs of this process by number. A number is that of no other channel, and none is used twice. Null if there
+// is no such end (any more).
 std::shared_ptr<DeviceEnd> FindEnd(std::int64_t id);
 
 }  // namespace lamina::cuda
