@@ -2,14 +2,19 @@
 
 Half a round trip of ping-pong, as ib_write_lat counts it, and messages of 1 MB one way, as ib_write_bw does. "native"
 is C++ alone, which leaves what lies in the ring as it is, like perftest (so over shm no byte moves); "copied" copies
-messages into the ring and out of it, as custom calls do; "jitted" is a program of XLA. The last line is JSON, for
-whoever compares.
+messages into the ring and out of it, as custom calls do; "jitted" is a program of XLA. All sizes take turns, several
+times, and figures are medians over all turns: what else the cores do comes and goes. The last line is JSON, for whoever
+compares.
 """
 
+import collections
+import dataclasses
+import itertools
 import json
 import multiprocessing
 import statistics
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -23,9 +28,10 @@ from lamina_jax.transport import Channel, MessageSpec, Tag, attach, channel_clas
 
 _KIND = flags.DEFINE_enum("kind", "verbs", ["shm", "tcp", "verbs"], "The kind of channel.")
 _SIZES = flags.DEFINE_list("sizes", ["2", "2048", "32768"], "Bytes of a message in ping-pong.")
-_ROUNDS = flags.DEFINE_integer("rounds", 1000, "Round trips without XLA.", lower_bound=20)
+_TURNS = flags.DEFINE_integer("turns", 5, "How often sizes are measured one after the other.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 400, "Round trips of a turn, a fifth above 4 KiB.", lower_bound=50)
 _JITTED_ROUNDS = flags.DEFINE_integer("jitted_rounds", 200, "Round trips in a jitted program; 0 for none.")
-_MESSAGES = flags.DEFINE_integer("messages", 50, "Messages one way.", lower_bound=2)
+_MESSAGES = flags.DEFINE_integer("messages", 10, "Messages one way of a turn.", lower_bound=2)
 _SPIN_US = flags.DEFINE_float("spin_us", None, "How long a wait polls before it sleeps; the kind's own if not given.")
 
 _LARGE = 1 << 20
@@ -42,14 +48,29 @@ def _waits() -> dict[str, float]:
     return {"timeout_s": _TIMEOUT_S, **spin}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Game:
+    """What both processes play in this order: a turn without copies, one with them; each all sizes, then a stream."""
+
+    sizes: list[int]
+    turns: int
+    rounds: int
+    messages: int
+
+    def play(self, tx: Channel, rx: Channel, *, first: bool) -> Iterator[tuple[bool, int, list[int]]]:
+        """Whether messages were copied, their size, and the nanoseconds of each round trip; after a turn those of its
+        stream, as one round of `_LARGE`. Who is not `first` receives it.
+        """
+        for _, copies in itertools.product(range(self.turns), (False, True)):
+            for size in self.sizes:
+                count = self.rounds if size <= 4096 else self.rounds // 5
+                rounds = _custom_calls.ping_pong(tx.id, rx.id, size, count, first=first, copies=copies)
+                yield copies, size, rounds[count // 10 :]
+            yield copies, _LARGE, [_custom_calls.stream((tx if first else rx).id, _LARGE, self.messages, copies)]
+
+
 def _peer(
-    connection: Connection,
-    sizes: list[int],
-    rounds: int,
-    jitted_sizes: list[int],
-    jitted_rounds: int,
-    messages: int,
-    waits: dict[str, float],
+    connection: Connection, game: _Game, jitted_sizes: list[int], jitted_rounds: int, waits: dict[str, float]
 ) -> None:
     jax.config.update("jax_platforms", "cpu")
     there, back = connection.recv()
@@ -59,10 +80,7 @@ def _peer(
     ):
         connection.send((rx.answer, tx.answer))
         connection.recv()
-        for copies in (False, True):
-            for size in sizes:
-                _custom_calls.ping_pong(tx.id, rx.id, size, rounds, first=False, copies=copies)
-            connection.send(_custom_calls.stream(rx.id, _LARGE, messages, copies))
+        connection.send([figure for figure in game.play(tx, rx, first=False) if figure[1] == _LARGE])
         for size in jitted_sizes:
             pong = make_pong(rx, tx, size, jitted_rounds).lower().compile()
             connection.send("ready")
@@ -71,15 +89,19 @@ def _peer(
         connection.recv()
 
 
-def _native(tx: Channel, rx: Channel, sizes: list[int], copies: bool, connection: Connection) -> dict[str, Any]:
-    """Microseconds one way by size, and MiB/s."""
-    count = _ROUNDS.value
-    latency = {}
-    for size in sizes:
-        rounds = _custom_calls.ping_pong(tx.id, rx.id, size, count, first=True, copies=copies)
-        latency[size] = statistics.median(rounds[count // 10 :]) / 2e3
-    _custom_calls.stream(tx.id, _LARGE, _MESSAGES.value, copies)
-    return {"us": latency, "mib_per_s": (_MESSAGES.value - 1) * 1e9 / connection.recv()}
+def _figures(sent: list[tuple[bool, int, list[int]]], streams: list[tuple[bool, int, list[int]]]) -> dict[str, Any]:
+    """Microseconds one way by size, and MiB/s, without copies and with them."""
+    figures = {}
+    for copies in (False, True):
+        rounds = collections.defaultdict(list)
+        for _, size, some in (f for f in sent if f[0] == copies and f[1] != _LARGE):
+            rounds[size] += some
+        seconds = statistics.median(ns[0] for copied, _, ns in streams if copied == copies) / 1e9
+        figures["copied" if copies else "native"] = {
+            "us": {size: statistics.median(some) / 2e3 for size, some in rounds.items()},
+            "mib_per_s": (_MESSAGES.value - 1) * _LARGE / (1 << 20) / seconds,
+        }
+    return figures
 
 
 def _jitted(tx: Channel, rx: Channel, size: int, connection: Connection) -> float:
@@ -99,7 +121,8 @@ def main(argv: list[str]) -> None:
     sizes = [int(size) for size in _SIZES.value]
     mine, theirs = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")
-    arguments = (theirs, sizes, _ROUNDS.value, _programs(sizes), _JITTED_ROUNDS.value, _MESSAGES.value, _waits())
+    game = _Game(sizes=sizes, turns=_TURNS.value, rounds=_ROUNDS.value, messages=_MESSAGES.value)
+    arguments = (theirs, game, _programs(sizes), _JITTED_ROUNDS.value, _waits())
     peer = context.Process(target=_peer, args=arguments, daemon=True)
     peer.start()
     large = MessageSpec(Tag.Q, (jax.ShapeDtypeStruct((_LARGE // 4,), jnp.float32),))
@@ -110,7 +133,8 @@ def main(argv: list[str]) -> None:
         for channel, answer in zip((tx, rx), mine.recv(), strict=True):
             channel.connect(answer)
         mine.send("go")
-        native, copied = (_native(tx, rx, sizes, copies, mine) for copies in (False, True))
+        sent = list(game.play(tx, rx, first=True))
+        native, copied = _figures(sent, mine.recv()).values()
         jitted = {size: _jitted(tx, rx, size, mine) for size in _programs(sizes)}
         mine.send("done")
         peer.join(_TIMEOUT_S)

@@ -10,7 +10,7 @@ namespace {
 
 // How long a spin keeps its core to itself.
 constexpr std::chrono::microseconds kPolite{4};
-// What an adaptive end still polls when waits are long.
+// What an end with a remote peer still polls when waits are long.
 constexpr double kShortSpinUs = 20;
 
 void CpuRelax() {
@@ -83,15 +83,17 @@ Status ChannelEnd::AwaitReady(const Message& message) {
 }
 
 // Polls flat out for a moment, in case the peer runs on another core; then lets others run between looks, in case it
-// waits for this one. The clock costs more than a poll: look at it rarely.
+// waits for this one. The clock costs more than a look: ask it rarely. A remote peer waits for no core of this host, and
+// a look at a NIC's queue takes as long as a pause, so there it looks longer between yields and does not pause.
 bool ChannelEnd::SpinUntilReady(Clock::time_point start) {
-  const bool little = options_.adaptive && waited_long_;
+  const bool little = options_.remote && waited_long_;
   const auto end = start + Seconds((little ? std::min(kShortSpinUs, options_.spin_us) : options_.spin_us) * 1e-6);
+  const int looks = options_.remote ? 256 : 32;
   for (auto now = start; now < end; now = Clock::now()) {
     if (now - start > kPolite) sched_yield();
-    for (int i = 0; i < 32; ++i) {
+    for (int i = 0; i < looks; ++i) {
       if (Ready()) return true;
-      CpuRelax();
+      if (!options_.remote) CpuRelax();
     }
   }
   return false;

@@ -26,7 +26,7 @@ struct EndOptions {
   double spin_us;    // how long it polls before it sleeps
   bool polled = false;  // to create a ring of which an end may be a GPU; to attach to one, the ring says so itself
   // The peer is on another host, and to be woken is dear: it polls long, unless the wait before lasted longer still.
-  bool adaptive = false;
+  bool remote = false;
 };
 
 // Sending is Reserve, fill the payload, Publish; receiving is Peek, read the payload, Release. One operation at a

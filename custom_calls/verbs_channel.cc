@@ -29,6 +29,8 @@ constexpr std::uint32_t kWord = 2;
 
 constexpr std::uint64_t kReceive = ~std::uint64_t{0};  // wr_id of every receive; sends have their number
 constexpr int kBatch = 16;                             // completions taken at a time
+// Receives are given back so many at a time; half of what the control path adds to one for each slot.
+constexpr std::uint32_t kReceiveBatch = 8;
 // Nothing comes back from a peer that has vanished unless something is sent to it.
 constexpr auto kProbeInterval = std::chrono::milliseconds(250);
 constexpr auto kLinger = std::chrono::seconds(2);
@@ -265,18 +267,17 @@ int VerbsChannel::Post(ibv_send_wr& request) {
 void VerbsChannel::Drain() {
   if (port_.qp == nullptr) return;
   ibv_wc completions[kBatch];
-  std::uint32_t received = 0;
   int count;
   do {
     count = ibv_poll_cq(port_.cq, kBatch, completions);
     for (int i = 0; i < count; ++i) {
       Take(completions[i]);
-      received += completions[i].wr_id == kReceive ? 1 : 0;
+      owed_receives_ += completions[i].wr_id == kReceive ? 1 : 0;
     }
   } while (count == kBatch);
   if (count < 0) Lost("the completion queue of " + port_.where + " is broken");
-  if (received > 0 && loss_.empty()) {
-    if (const int error = PostReceives(received); error != 0) Lost(PostFailed(error));
+  if (owed_receives_ >= kReceiveBatch && loss_.empty()) {
+    if (const int error = PostReceives(std::exchange(owed_receives_, 0)); error != 0) Lost(PostFailed(error));
   }
 }
 

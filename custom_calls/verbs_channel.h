@@ -122,6 +122,7 @@ class VerbsChannel final : public ChannelEnd {
   std::uint64_t signaled_ = 0;   // the last of them that will say when it is done
   std::uint64_t completed_ = 0;  // those known to be done
   std::uint64_t credited_ = 0;   // reader: messages given back to the peer
+  std::uint32_t owed_receives_ = 0;  // used up, and not given to the queue pair again
   bool probing_ = false;
   Clock::time_point last_probe_{};
 

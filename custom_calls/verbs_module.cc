@@ -22,7 +22,7 @@ std::unique_ptr<VerbsHandle> Create(bool writer, std::string peer, std::uint32_t
                                     double timeout_s, double spin_us, std::int32_t device) {
   TheVerbsLibrary();
   EndOptions options{writer ? Role::kWriter : Role::kReader, std::move(peer), timeout_s, spin_us};
-  options.adaptive = true;
+  options.remote = true;
   return std::make_unique<VerbsHandle>(VerbsChannel::Create(std::move(options), num_slots, slot_bytes), device);
 }
 

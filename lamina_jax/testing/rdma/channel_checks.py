@@ -10,14 +10,13 @@ from collections.abc import Iterator
 from statistics import median
 from typing import Any, Final
 
-from lamina_jax.testing.rdma.machines import LOOPBACK_DEVICE, JobError, Machine
+from lamina_jax.testing.rdma.machines import LOOPBACK_DEVICE, Job, JobError, Machine
 from lamina_jax.testing.rdma.perftest import write_bandwidth, write_latency
 from lamina_jax.testing.rdma.report import Row, failed, judged, passed
-from lamina_jax.transport import channel_kinds
 
 LATENCY_NBYTES: Final = (2, 2048, 32768)
 BANDWIDTH_NBYTES: Final = 1 << 20
-CHANNELS_LIMIT_S: Final = 400.0
+_CHANNELS_LIMIT_S: Final = 400.0
 
 _CONFORMANCE_TESTS: Final = (
     "every-dtype",
@@ -28,14 +27,14 @@ _CONFORMANCE_TESTS: Final = (
 """Not all, as JAX is 20 times slower in a machine, and none that starts a process of its own."""
 _PYTEST: Final = (
     *(sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers"),
-    # What the warm Python has imported.
-    *("-W", "ignore::pytest.PytestAssertRewriteWarning", "--durations=12"),
+    "--durations=12",
 )
 """Runs tests in a machine, without checking types, and writes nothing into the checkout."""
 
 _ROUNDS: Final = 3
 _SPIN_US: Final = 10000
 """Longer than a wait lasts here: perftest never sleeps either."""
+_KINDS: Final = ("shm", "tcp", "verbs")
 _ON_LOOPBACK: Final = {"LAMINA_RDMA_DEVICE": LOOPBACK_DEVICE}
 
 
@@ -44,7 +43,7 @@ def beside_perftest(machines: tuple[Machine, ...]) -> Iterator[Row]:
 
     The figures depend on what else the two cores do, so they are told and not judged.
     """
-    (machine,) = machines
+    machine = machines[0]
     rounds = [_Round.run(machine, jitted=i == _ROUNDS - 1) for i in range(_ROUNDS)]
     last = rounds[-1].channel
     for n in LATENCY_NBYTES:
@@ -100,17 +99,19 @@ def _channel_figures(machine: Machine, *, jitted: bool) -> dict[str, Any]:
     return json.loads(output.strip().splitlines()[-1])
 
 
-def channels(machines: tuple[Machine, ...]) -> Iterator[Row]:
-    """The conformance tests of each kind of channel there is, and tests/transport/test_verbs.py: what may break."""
-    (machine,) = machines
-    kinds = [kind for kind in ("shm", "tcp", "verbs") if kind in channel_kinds()]
-    chosen = f"test_verbs or ({' or '.join(kinds)}) and ({' or '.join(_CONFORMANCE_TESTS)})"
+def start_channels(machine: Machine) -> Job:
+    """Starts the conformance tests of each kind of channel, and tests/transport/test_verbs.py: what may break."""
+    chosen = f"test_verbs or ({' or '.join(_KINDS)}) and ({' or '.join(_CONFORMANCE_TESTS)})"
     files = ["tests/transport/test_channel.py", "tests/transport/test_verbs.py"]
     more = {name: os.environ[name] for name in ("LAMINA_KILL_SEEDS",) if name in os.environ}
-    job = machine.start([*_PYTEST, "-k", chosen, *files], env=_ON_LOOPBACK | more, name="channels")
+    return machine.start([*_PYTEST, "-k", chosen, *files], env=_ON_LOOPBACK | more, name="channels")
+
+
+def channels(job: Job) -> Iterator[Row]:
+    """What the tests that `start_channels` has started find."""
     with contextlib.suppress(JobError):  # killed when its time is up: what it found until then counts
-        job.wait(timeout_s=CHANNELS_LIMIT_S)
-    for kind in kinds:
+        job.wait(timeout_s=_CHANNELS_LIMIT_S)
+    for kind in _KINDS:
         outcomes = re.findall(rf"^\S+test_channel\S+::(\w+)\[\S*\b{kind}\b\S*\] (\w+)", job.output, re.MULTILINE)
         wrong = [test for test, outcome in outcomes if outcome != "PASSED"]
         detail = f"{len(outcomes) - len(wrong)} of {len(outcomes)} tests passed; {', '.join(wrong)}".rstrip("; ")

@@ -33,16 +33,15 @@ if __name__ == "__main__":
 """
 
 
-def tokens_on_one_machine(machines: tuple[Machine, ...]) -> Iterator[Row]:
+def tokens_on_one_machine(machine: Machine) -> Iterator[Row]:
     """One model worker and two attention workers joined by RDMA: the tokens of the unsplit model."""
-    (machine,) = machines
     model = _model(machine)
-    expected = _expected(model)
     job = machine.start(
         [sys.executable, "-c", _TOKENS, model, "verbs"],
         env={"LAMINA_RDMA_DEVICE": LOOPBACK_DEVICE},
         name="generate",
     )
+    expected = _expected(model)
     got = job.wait_for("^verbs: (.*)", _START_S)[1]
     yield judged("tokens over verbs, one machine", got == expected, f"{got}, expected {expected}")
     job.check(timeout_s=30)

@@ -17,7 +17,7 @@ from lamina_jax.runtime.errors import WorkerError
 
 PROMPTS = ([3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1], [1, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 11])
 PARAMS = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-SETTINGS = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 4, "timeout_s": 30.0}
+SETTINGS = {"dtype": "float32", "timeout_s": 30.0}
 
 
 def tokens_of(llm: LLM) -> list[list[int]]:

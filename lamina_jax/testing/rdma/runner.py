@@ -27,8 +27,8 @@ class Check:
 
     Attributes:
         name: Of its rows, if it yields none or fails.
-        run: Given `num_machines` machines, yields rows; their seconds are filled in. To raise is to fail.
-        num_machines: How many it needs: 1 or 2.
+        run: Given the machines there are, yields rows; their seconds are filled in. To raise is to fail.
+        num_machines: How many it needs at least: 1 or 2.
         limit_s: Seconds after which it is interrupted.
     """
 
@@ -88,7 +88,7 @@ class Runner:
             with machines(
                 count, folder=self._folder / f"boot-{self._num_boots}", image=self._image, limit_s=limit_s
             ) as booted:
-                # Of two machines the second has the attention workers; tests and engines are on the first.
+                # Engines and model workers are on the first.
                 modules = [OF_ALL, *[OF_ATTENTION_WORKERS] * (count - 1)]
                 with ThreadPoolExecutor() as pool:
                     list(pool.map(lambda machine, names: machine.warm_python(names), booted, modules))
@@ -107,7 +107,7 @@ class Runner:
         num_rows = len(self.rows)
         try:
             with _time_limit(limit_s):
-                for row in check.run(booted[: check.num_machines]):
+                for row in check.run(booted):
                     self._note(row, start)
                     start = time.monotonic()
             if len(self.rows) == num_rows:

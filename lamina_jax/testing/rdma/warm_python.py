@@ -40,17 +40,15 @@ OF_ATTENTION_WORKERS: Final = (
     "lamina_jax.transport.verbs",
     "ml_collections",
 )
-"""What attention workers import."""
+"""What attention workers import, and most of what tests of channels do."""
 OF_ALL: Final = (
     *OF_ATTENTION_WORKERS,
-    "hypothesis",
     "lamina_jax.engine.llm",
     "lamina_jax.runtime.cluster_workers",
     "lamina_jax.runtime.model_server",
     "lamina_jax.runtime.remote_model",
-    "pytest",
 )
-"""What engines, workers and tests import."""
+"""What engines and model workers import, too."""
 _PYTHON_SIGNALS: Final = (signal.SIGPIPE, signal.SIGXFSZ)
 """Python ignores these from its start on, so they tell nothing of who asked."""
 
