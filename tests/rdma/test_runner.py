@@ -87,14 +87,12 @@ def run(checks, tmp_path, limit_s=300.0) -> list[Row]:
     return shown
 
 
-def test_one_boot_for_all_checks_each_with_as_many_machines_as_it_needs(boots, tmp_path):
+def test_one_boot_for_all_checks_with_as_many_machines_as_any_needs(boots, tmp_path):
     rows = run([check(good, num_machines=2), check(good), check(good, num_machines=2)], tmp_path)
     assert [len(machines) for machines in boots] == [2]
     assert [(row.name, row.outcome, row.detail) for row in rows] == [
         ("boot 1: 2 machines", "passed", ""),
-        *[("first", "passed", "hello"), ("second", "passed", "2 machines")],
-        *[("first", "passed", "hello"), ("second", "FAILED", "1 machines")],
-        *[("first", "passed", "hello"), ("second", "passed", "2 machines")],
+        *[("first", "passed", "hello"), ("second", "passed", "2 machines")] * 3,
     ]
     assert not any(machine.alive for machines in boots for machine in machines)
 
