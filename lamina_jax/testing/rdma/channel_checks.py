@@ -27,7 +27,8 @@ _CONFORMANCE_TESTS: Final = (
 """Not all, as JAX is 20 times slower in a machine, and none that starts a process of its own."""
 _PYTEST: Final = (
     *(sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers"),
-    "--durations=12",
+    # The warm Python has imported jaxtyping, which is also a plugin.
+    *("-W", "ignore::pytest.PytestAssertRewriteWarning", "--durations=12"),
 )
 """Runs tests in a machine, without checking types, and writes nothing into the checkout."""
 
