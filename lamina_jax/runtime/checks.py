@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 
 from lamina_jax.runtime.cluster import Cluster, split_address
 from lamina_jax.runtime.cluster_key import load_key_file
-from lamina_jax.runtime.control_tcp import ControlLink, peer_info
+from lamina_jax.runtime.control_tcp import BUSY, ControlLink, peer_info
 from lamina_jax.runtime.errors import WorkerError
 from lamina_jax.runtime.memory import available_memory
 from lamina_jax.runtime.messages import FromClusterWorker, FromModelWorker
@@ -118,6 +118,9 @@ def check_reachable(cluster: Cluster, worker: str, address: str, incoming: Any, 
     try:
         peer = link.open(_REACH_TIMEOUT_S, on_waiting=lambda what: None)
     except WorkerError as error:
+        if f"refused: {BUSY}" in str(error):
+            # It compares keys and versions first, and an engine would wait.
+            return Check(name=worker, result="note", detail=f"{error} It is up, with this key and these versions.")
         later = " Is it up, and does its firewall let this port pass?" if required else " It may still come."
         return Check(name=worker, result=failed, detail=f"{error}{later}")
     finally:

@@ -53,6 +53,8 @@ __all__ = [
 _RETRY_S: Final = 0.5
 _TELL_S: Final = 5.0
 _ZAP: Final = "inproc://zeromq.zap.01"
+BUSY: Final = "busy with the engine on"
+"""So begins why a worker refuses an engine while it serves another, whose end is worth waiting for."""
 
 
 class Session:
@@ -222,7 +224,7 @@ class ControlListener(ControlThread):
             answer = wire.Refused(problem, final=True)
         elif self._current is not None:
             self._count("refused_busy")
-            answer = wire.Refused(f"busy with the engine on {self._current.peer}", final=False)
+            answer = wire.Refused(f"{BUSY} {self._current.peer}", final=False)
         else:
             answer = self._open(identity, engine)
         with contextlib.suppress(zmq.ZMQError):

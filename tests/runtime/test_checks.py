@@ -1,5 +1,6 @@
 """What --check looks at, on hosts where it is right and where it is not."""
 
+import contextlib
 import os
 import resource
 import shutil
@@ -12,7 +13,7 @@ import pytest
 from lamina_jax.runtime import checks
 from lamina_jax.runtime.cluster import Cluster
 from lamina_jax.runtime.cluster_key import make_key_file
-from lamina_jax.runtime.control_tcp import ControlListener, peer_info
+from lamina_jax.runtime.control_tcp import ControlLink, ControlListener, peer_info
 from lamina_jax.runtime.messages import FromModelWorker, ToModelWorker
 from lamina_jax.transport import verbs
 from lamina_jax.transport.rdma_devices import RdmaPort
@@ -91,6 +92,18 @@ def test_a_worker_that_is_up(listening, required):
     host = f"{socket.gethostname()} (pid {os.getpid()})"
     assert (check.name, check.result) == ("model worker", "ok")
     assert check.detail == f"{listening.model_worker} is served by {host}"
+
+
+def test_a_worker_that_serves_another_engine(listening, monkeypatch):
+    monkeypatch.setattr(checks, "_REACH_TIMEOUT_S", 1.0)
+    with contextlib.closing(
+        ControlLink(listening.model_worker, None, FromModelWorker, "model worker", peer_info())
+    ) as other:
+        other.open(30.0, on_waiting=lambda what: None)
+        check = reach(listening, required=True)
+        assert check.result == "note"
+        assert f"busy with the engine on {socket.gethostname()} (pid {os.getpid()})" in check.detail
+        assert check.detail.endswith("It is up, with this key and these versions.")
 
 
 @pytest.mark.parametrize(("required", "result"), [(True, "FAILED"), (False, "note")])
