@@ -17,6 +17,7 @@ from lamina_jax.runtime.errors import WorkerError
 
 PROMPTS = ([3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1], [1, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 11])
 PARAMS = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+# Otherwise as in docs/deploy.md, whose programs are then compiled already.
 SETTINGS = {"dtype": "float32", "timeout_s": 30.0}
 
 
