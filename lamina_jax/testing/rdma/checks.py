@@ -39,12 +39,13 @@ for found in d.get_device_list():
 
 def channels_and_tokens(machines: tuple[Machine, ...]) -> Iterator[Row]:
     """Tests of channels and a run of a model: at the same time if there are two machines, else one after the other."""
-    job = start_channels(machines[1]) if len(machines) > 1 else None
+    a, *others = machines
+    job = start_channels(others[0]) if others else None
     try:
-        yield from tokens_on_one_machine(machines[0])
+        yield from tokens_on_one_machine(a)
     except JobError as error:
         yield failed("tokens over verbs, one machine", str(error))
-    yield from channels(job or start_channels(machines[0]))
+    yield from channels(job or start_channels(a))
 
 
 def perftest_link(machines: tuple[Machine, ...]) -> Iterator[Row]:
