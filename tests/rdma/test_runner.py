@@ -1,6 +1,7 @@
 """Checks in machines: each within its time, and none hides another."""
 
 import contextlib
+import dataclasses
 import re
 import sys
 import time
@@ -95,6 +96,29 @@ def test_one_boot_for_all_checks_with_as_many_machines_as_any_needs(boots, tmp_p
         *[("first", "passed", "hello"), ("second", "passed", "2 machines")] * 3,
     ]
     assert not any(machine.alive for machines in boots for machine in machines)
+
+
+def test_checks_are_prepared_before_the_first_begins_and_run_even_if_that_fails(boots, tmp_path):
+    def prepare(folder):
+        assert folder.is_relative_to(tmp_path)
+        (folder / "prepared").touch()
+
+    def refuse(folder):
+        raise ValueError(f"nothing works in {folder.name}")
+
+    def looks(machines):
+        (path,) = tmp_path.glob("*/prepared")
+        yield passed("looks", path.parent.name)
+
+    ready = dataclasses.replace(check(good), prepare=prepare)
+    rows = run([check(looks), dataclasses.replace(check(good), prepare=refuse), ready], tmp_path)
+    assert [(row.name, row.outcome, row.detail) for row in rows[:4]] == [
+        ("boot 1: 1 machine", "passed", ""),
+        ("good, prepared here", "FAILED", "ValueError: nothing works in boot-1"),
+        ("looks", "passed", "boot-1"),
+        ("first", "passed", "hello"),
+    ]
+    assert len(boots) == 1
 
 
 def test_neither_a_failure_nor_a_hang_hides_the_checks_behind_it(boots, tmp_path):

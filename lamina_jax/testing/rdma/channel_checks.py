@@ -7,17 +7,21 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
-from lamina_jax.testing.rdma.machines import LOOPBACK_DEVICE, Job, JobError, Machine
+from lamina_jax.testing.rdma.machines import LOOPBACK_DEVICE, ROOT, Job, JobError, Machine
 from lamina_jax.testing.rdma.perftest import write_bandwidth, write_latency
+from lamina_jax.testing.rdma.programs import run_here
 from lamina_jax.testing.rdma.report import Row, failed, judged, passed
 
 LATENCY_NBYTES: Final = (2, 2048, 32768)
 BANDWIDTH_NBYTES: Final = 1 << 20
 _CHANNELS_LIMIT_S: Final = 400.0
 
+_CONFORMANCE: Final = "tests/transport/test_channel.py"
+_FAULTS: Final = "tests/transport/test_verbs.py"
 _CONFORMANCE_TESTS: Final = (
     "every-dtype",
     "test_round_trips_in_a_scan",
@@ -27,10 +31,11 @@ _CONFORMANCE_TESTS: Final = (
 """Not all, as JAX is 20 times slower in a machine, and none that starts a process of its own."""
 _PYTEST: Final = (
     *(sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers"),
-    # The warm Python has imported jaxtyping, which is also a plugin.
-    *("-W", "ignore::pytest.PytestAssertRewriteWarning", "--durations=12"),
+    *("-p", "pytest_timeout", "--durations=12", "-k"),
 )
 """Runs tests in a machine, without checking types, and writes nothing into the checkout."""
+_NO_PLUGINS: Final = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+"""Importing those that are installed takes longer than most tests."""
 
 _ROUNDS: Final = 3
 _SPIN_US: Final = 10000
@@ -100,25 +105,53 @@ def _channel_figures(machine: Machine, *, jitted: bool) -> dict[str, Any]:
     return json.loads(output.strip().splitlines()[-1])
 
 
-def start_channels(machine: Machine) -> Job:
-    """Starts the conformance tests of each kind of channel, and tests/transport/test_verbs.py: what may break."""
-    chosen = f"test_verbs or ({' or '.join(_KINDS)}) and ({' or '.join(_CONFORMANCE_TESTS)})"
-    files = ["tests/transport/test_channel.py", "tests/transport/test_verbs.py"]
+def prepare_channels(folder: Path) -> None:
+    """Runs the conformance tests here over shm, which compiles what they run over each kind; only reads the others."""
+    chosen = f"shm and ({' or '.join(_CONFORMANCE_TESTS)})"
+    run_here([*_PYTEST, chosen, _CONFORMANCE, _FAULTS], env=_NO_PLUGINS, folder=folder, cwd=ROOT, timeout_s=300.0)
+
+
+def start_conformance(machine: Machine) -> Job:
+    """Starts the conformance tests of each kind of channel."""
+    chosen = f"({' or '.join(_KINDS)}) and ({' or '.join(_CONFORMANCE_TESTS)})"
+    return _start_tests(machine, chosen, _CONFORMANCE)
+
+
+def start_faults(machine: Machine) -> Job:
+    """Starts the tests of what may break in channels over RDMA. They count the queue pairs of all processes."""
+    return _start_tests(machine, "test_verbs", _FAULTS)
+
+
+def _start_tests(machine: Machine, chosen: str, path: str) -> Job:
     more = {name: os.environ[name] for name in ("LAMINA_KILL_SEEDS",) if name in os.environ}
-    return machine.start([*_PYTEST, "-k", chosen, *files], env=_ON_LOOPBACK | more, name="channels")
+    return machine.start([*_PYTEST, chosen, path], env=_ON_LOOPBACK | _NO_PLUGINS | more, name=Path(path).stem)
 
 
-def channels(job: Job) -> Iterator[Row]:
-    """What the tests that `start_channels` has started find."""
-    with contextlib.suppress(JobError):  # killed when its time is up: what it found until then counts
-        job.wait(timeout_s=_CHANNELS_LIMIT_S)
+def conformance(job: Job) -> Iterator[Row]:
+    """What the tests that `start_conformance` has started find."""
+    _await_end(job)
     for kind in _KINDS:
         outcomes = re.findall(rf"^\S+test_channel\S+::(\w+)\[\S*\b{kind}\b\S*\] (\w+)", job.output, re.MULTILINE)
         wrong = [test for test, outcome in outcomes if outcome != "PASSED"]
         detail = f"{len(outcomes) - len(wrong)} of {len(outcomes)} tests passed; {', '.join(wrong)}".rstrip("; ")
         yield judged(f"conformance of {kind}", bool(outcomes) and not wrong, detail)
+    yield from _end(job)
+
+
+def faults(job: Job) -> Iterator[Row]:
+    """What the tests that `start_faults` has started find."""
+    _await_end(job)
     for test, outcome in re.findall(r"^\S+test_verbs\S+::test_(\S+) (PASSED|FAILED|ERROR)", job.output, re.MULTILINE):
         yield judged(f"verbs: {test.replace('_', ' ')}", outcome == "PASSED", "")
+    yield from _end(job)
+
+
+def _await_end(job: Job) -> None:
+    with contextlib.suppress(JobError):  # killed when its time is up: what it found until then counts
+        job.wait(timeout_s=_CHANNELS_LIMIT_S)
+
+
+def _end(job: Job) -> Iterator[Row]:
     if job.status != 0:
         last = job.output.strip().rpartition("\n")[2]
-        yield failed("channels", f"pytest ended with status {job.status} after {job.seconds:.0f} s: {last}")
+        yield failed(job.name, f"pytest ended with status {job.status} after {job.seconds:.0f} s: {last}")

@@ -3,17 +3,20 @@
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 from lamina_jax.testing.rdma.channel_checks import (
     BANDWIDTH_NBYTES,
     LATENCY_NBYTES,
     beside_perftest,
-    channels,
-    start_channels,
+    conformance,
+    faults,
+    prepare_channels,
+    start_conformance,
+    start_faults,
 )
-from lamina_jax.testing.rdma.cluster_checks import cluster_that_breaks, tokens_on_one_machine
-from lamina_jax.testing.rdma.deploy import deploy
+from lamina_jax.testing.rdma.cluster_checks import prepare_tokens, tokens_on_one_machine, two_hosts
 from lamina_jax.testing.rdma.machines import DEVICE, GID_INDEX, LOOPBACK_DEVICE, JobError, Machine
 from lamina_jax.testing.rdma.perftest import write_bandwidth, write_latency
 from lamina_jax.testing.rdma.report import Row, failed, judged, passed
@@ -37,15 +40,22 @@ for found in d.get_device_list():
         yield judged(f"devices of machine {machine.name}", active == {DEVICE, LOOPBACK_DEVICE}, detail)
 
 
+def prepare_channels_and_tokens(folder: Path) -> None:
+    """Compiles what they run."""
+    prepare_tokens(folder)
+    prepare_channels(folder)
+
+
 def channels_and_tokens(machines: tuple[Machine, ...]) -> Iterator[Row]:
     """Tests of channels and a run of a model: at the same time if there are two machines, else one after the other."""
     a, *others = machines
-    job = start_channels(others[0]) if others else None
+    jobs = [start_conformance(a), start_faults(others[0])] if others else []
     try:
         yield from tokens_on_one_machine(a)
     except JobError as error:
         yield failed("tokens over verbs, one machine", str(error))
-    yield from channels(job or start_channels(a))
+    yield from conformance(jobs[0] if jobs else start_conformance(a))
+    yield from faults(jobs[1] if jobs else start_faults(a))
 
 
 def perftest_link(machines: tuple[Machine, ...]) -> Iterator[Row]:
@@ -83,9 +93,14 @@ def packet_loss(machines: tuple[Machine, ...]) -> Iterator[Row]:
 CHECKS: Final = (
     Check(name="devices", run=devices, num_machines=1, limit_s=90),
     Check(name="channel beside perftest", run=beside_perftest, num_machines=1, limit_s=300),
-    Check(name="channels and tokens", run=channels_and_tokens, num_machines=1, limit_s=700),
+    Check(
+        name="channels and tokens",
+        run=channels_and_tokens,
+        num_machines=1,
+        limit_s=700,
+        prepare=prepare_channels_and_tokens,
+    ),
     Check(name="two perftest", run=perftest_link, num_machines=2, limit_s=120),
     Check(name="two with loss", run=packet_loss, num_machines=2, limit_s=60),
-    Check(name="two that break", run=cluster_that_breaks, num_machines=2, limit_s=900),
-    Check(name="two by docs/deploy.md", run=deploy, num_machines=2, limit_s=900),
+    Check(name="two by docs/deploy.md", run=two_hosts, num_machines=2, limit_s=1200, prepare=prepare_tokens),
 )

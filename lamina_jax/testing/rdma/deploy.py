@@ -4,7 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -16,21 +16,34 @@ from lamina_jax.testing.tiny import write_tiny_checkpoint
 DOCUMENT: Final = ROOT / "docs" / "deploy.md"
 
 _BLOCK_LIMIT_S: Final = 240.0
-_CLUSTER: Final = "--cluster=configs/clusters/two_hosts.py"
-_MODEL: Final = "checkpoints/tiny"
+CLUSTER: Final = ROOT / "configs" / "clusters" / "two_hosts.py"
+"""The cluster of the document."""
+MODEL: Final = "checkpoints/tiny"
+"""The model of the document, as jobs of host a find it."""
+_CLUSTER_FLAG: Final = f"--cluster={CLUSTER.relative_to(ROOT)}"
+WORKERS: Final = ("attention worker 0", "attention worker 1", "model worker")
+_STOPS: Final = "kill -TERM"
 
 
-def deploy(machines: tuple[Machine, ...]) -> Iterator[Row]:
-    """Every block of commands on its hosts, in order; what is generated is what one host generates."""
+def deploy(machines: tuple[Machine, ...], before_stop: Callable[[tuple[Machine, ...]], Iterator[Row]]) -> Iterator[Row]:
+    """Every block of commands on its hosts, in order; what is generated is what one host generates.
+
+    Args:
+        machines: Hosts a and b.
+        before_stop: What else to find out while the workers run.
+    """
     by_name = {machine.name: machine for machine in machines}
     _let_log_in(*machines)
     model = machines[0].folder / "tiny"
     write_tiny_checkpoint(model, "gqa")
-    machines[0].run(["bash", "-ec", f"mkdir -p checkpoints; rm -rf {_MODEL}; cp -r {model} {_MODEL}"], timeout_s=30.0)
+    machines[0].run(["bash", "-ec", f"mkdir -p checkpoints; rm -rf {MODEL}; cp -r {model} {MODEL}"], timeout_s=30.0)
+    ended = ""
     for block in read_commands(DOCUMENT):
+        if _STOPS in block.script and not ended:
+            yield from before_stop(machines)
         name = f"deploy.md line {block.line}"
         jobs = [by_name[host].start(_bash(block.script), name=name) for host in block.hosts]
-        generates = _CLUSTER in block.script and _MODEL in block.script
+        generates = _CLUSTER_FLAG in block.script and MODEL in block.script
         expected = _texts(_on_one_host(block, model)) if generates else []
         try:
             outputs = [job.check(_BLOCK_LIMIT_S) for job in jobs]
@@ -40,6 +53,27 @@ def deploy(machines: tuple[Machine, ...]) -> Iterator[Row]:
         if generates:
             got = _texts(outputs[0])
             yield judged("deploy.md: its tokens", got == expected, f"{got}, expected {expected}")
+        if _STOPS in block.script:
+            ended += "".join(outputs)
+    names = re.findall(r"(\w+ worker(?: \d)?): ended; came to", ended)
+    yield judged("workers end when told", sorted(names) == list(WORKERS), ", ".join(names))
+
+
+def start_attention_worker(machine: Machine, index: int) -> None:
+    """Starts a worker as the document does, in the place of one that has ended."""
+    name = f"attention_worker_{index}"
+    command = f"python scripts/launch_attention_worker.py {_CLUSTER_FLAG} --index={index}"
+    machine.run(_bash(f"nohup {command} > {name}.log 2>&1 & echo $! > {name}.pid"), timeout_s=30.0)
+
+
+def kill_attention_worker(machine: Machine, index: int) -> None:
+    """Kills a worker that was started as in the document."""
+    machine.run(_bash(f"kill -KILL $(cat attention_worker_{index}.pid)"), timeout_s=30.0)
+
+
+def log_of_model_worker(machine: Machine) -> str:
+    """What it has written."""
+    return machine.run(["cat", "model_worker.log"], timeout_s=30.0)
 
 
 def _logs(machines: Iterable[Machine]) -> str:
@@ -53,7 +87,7 @@ def _bash(script: str) -> list[str]:
 
 def _on_one_host(block: Commands, model: Path) -> str:
     """What the commands write if there is neither cluster nor attention worker."""
-    script = block.script.replace(_CLUSTER, "--num_attention_workers=0").replace(_MODEL, shlex.quote(str(model)))
+    script = block.script.replace(_CLUSTER_FLAG, "--num_attention_workers=0").replace(MODEL, shlex.quote(str(model)))
     path = f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH\n"
     return subprocess.run(
         _bash(path + script), cwd=ROOT, capture_output=True, text=True, timeout=300, check=True

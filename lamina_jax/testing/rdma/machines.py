@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from lamina_jax.testing.rdma import warm_python
+from lamina_jax.testing.rdma import programs, warm_python
 from lamina_jax.testing.rdma.image import Image, prepare_image
 
 ROOT: Final = Path(__file__).resolve().parents[3]
@@ -381,12 +381,7 @@ class Machine:
             "LANG": "C.UTF-8",
             "PATH": f"{Path(sys.executable).parent}:{_PATH}",
             "TERM": "dumb",
-            "JAX_PLATFORMS": "cpu",
-            # Compiling is 20 times slower here, and what is compiled runs for a moment.
-            "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-            # A program that ran before is not compiled again.
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder.parent / "jax-cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            **programs.cache_settings(self.folder.parent),
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONUNBUFFERED": "1",
             **added,

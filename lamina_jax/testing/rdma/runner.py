@@ -30,12 +30,14 @@ class Check:
         run: Given the machines there are, yields rows; their seconds are filled in. To raise is to fail.
         num_machines: How many it needs at least: 1 or 2.
         limit_s: Seconds after which it is interrupted.
+        prepare: Given the folder that all machines share, does here what would take them long, while they boot.
     """
 
     name: str
     run: Callable[[tuple[Machine, ...]], Iterator[Row]]
     num_machines: int
     limit_s: float
+    prepare: Callable[[Path], None] | None = None
 
 
 class _TimeUpError(BaseException):
@@ -84,17 +86,20 @@ class Runner:
         self._num_boots += 1
         name = f"boot {self._num_boots}: {count} machine{'s' * (count > 1)}"
         limit_s = max(self._deadline - start, 0.0) + _GRACE_S
+        folder = self._folder / f"boot-{self._num_boots}"
+        folder.mkdir(parents=True)
         try:
-            with machines(
-                count, folder=self._folder / f"boot-{self._num_boots}", image=self._image, limit_s=limit_s
-            ) as booted:
-                # Engines and model workers are on the first.
-                modules = [OF_ALL, *[OF_ATTENTION_WORKERS] * (count - 1)]
-                with ThreadPoolExecutor() as pool:
+            with ThreadPoolExecutor() as pool:
+                prepared = pool.submit(lambda checks: [_prepare(check, folder) for check in checks], list(waiting))
+                with machines(count, folder=folder, image=self._image, limit_s=limit_s) as booted:
+                    # Engines and model workers are on the first.
+                    modules = [OF_ALL, *[OF_ATTENTION_WORKERS] * (count - 1)]
                     list(pool.map(lambda machine, names: machine.warm_python(names), booted, modules))
-                self._note(passed(name), start)
-                while waiting and all(machine.alive for machine in booted):
-                    self._check(waiting.pop(0), booted)
+                    self._note(passed(name), start)
+                    for row in filter(None, prepared.result()):
+                        self._note(row, start)
+                    while waiting and all(machine.alive for machine in booted):
+                        self._check(waiting.pop(0), booted)
         except Exception as error:
             self._note(failed(name, _words(error)), start)
 
@@ -124,6 +129,16 @@ class Runner:
     def _note(self, row: Row, start: float) -> None:
         self.rows.append(dataclasses.replace(row, seconds=time.monotonic() - start))
         self._show(self.rows[-1])
+
+
+def _prepare(check: Check, folder: Path) -> Row | None:
+    """Says what went wrong; the check is run all the same."""
+    try:
+        if check.prepare is not None:
+            check.prepare(folder)
+    except Exception as error:
+        return failed(f"{check.name}, prepared here", _words(error))
+    return None
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from lamina_jax.testing.rdma import warm_client
+from lamina_jax.testing.rdma import programs, warm_client
 
 _CLIENT: Final = Path(warm_client.__file__)
 OF_ATTENTION_WORKERS: Final = (
@@ -94,6 +94,7 @@ def import_all(modules: Sequence[str]) -> None:
     for module in modules:
         importlib.import_module(module)
     gc.enable()
+    programs.share_programs()
 
 
 def serve(path: str) -> _Request:
