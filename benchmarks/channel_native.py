@@ -2,9 +2,9 @@
 
 Half a round trip of ping-pong, as ib_write_lat counts it, and messages of 1 MB one way, as ib_write_bw does. "native"
 is C++ alone, which leaves what lies in the ring as it is, like perftest (so over shm no byte moves); "copied" copies
-messages into the ring and out of it, as custom calls do; "jitted" is a program of XLA. All sizes take turns, several
-times, and figures are medians over all turns: what else the cores do comes and goes. The last line is JSON, for whoever
-compares.
+messages into the ring and out of it, as custom calls do; "jitted" is a program of XLA. There is a ring each way for
+ping-pong and one for 1 MB, each with slots for the largest of its messages. All sizes take turns, several times, and
+figures are medians over all turns: what else the cores do comes and goes. The last line is JSON, for whoever compares.
 """
 
 import collections
@@ -57,30 +57,31 @@ class _Game:
     rounds: int
     messages: int
 
-    def play(self, tx: Channel, rx: Channel, *, first: bool) -> Iterator[tuple[bool, int, list[int]]]:
+    def play(self, tx: Channel, rx: Channel, large: Channel, *, first: bool) -> Iterator[tuple[bool, int, list[int]]]:
         """Whether messages were copied, their size, and the nanoseconds of each round trip; after a turn those of its
-        stream, as one round of `_LARGE`. Who is not `first` receives it.
+        stream through `large`, as one round of `_LARGE`.
         """
         for _, copies in itertools.product(range(self.turns), (False, True)):
             for size in self.sizes:
                 count = self.rounds if size <= 4096 else self.rounds // 5
                 rounds = _custom_calls.ping_pong(tx.id, rx.id, size, count, first=first, copies=copies)
                 yield copies, size, rounds[count // 10 :]
-            yield copies, _LARGE, [_custom_calls.stream((tx if first else rx).id, _LARGE, self.messages, copies)]
+            yield copies, _LARGE, [_custom_calls.stream(large.id, _LARGE, self.messages, copies)]
 
 
 def _peer(
     connection: Connection, game: _Game, jitted_sizes: list[int], jitted_rounds: int, waits: dict[str, float]
 ) -> None:
     jax.config.update("jax_platforms", "cpu")
-    there, back = connection.recv()
+    there, back, wide = connection.recv()
     with (
         attach(there, role="reader", peer="benchmark", **waits) as rx,
         attach(back, role="writer", peer="benchmark", **waits) as tx,
+        attach(wide, role="reader", peer="benchmark", **waits) as large,
     ):
-        connection.send((rx.answer, tx.answer))
+        connection.send([end.answer for end in (rx, tx, large)])
         connection.recv()
-        connection.send([figure for figure in game.play(tx, rx, first=False) if figure[1] == _LARGE])
+        connection.send([figure for figure in game.play(tx, rx, large, first=False) if figure[1] == _LARGE])
         for size in jitted_sizes:
             pong = make_pong(rx, tx, size, jitted_rounds).lower().compile()
             connection.send("ready")
@@ -114,6 +115,10 @@ def _jitted(tx: Channel, rx: Channel, size: int, connection: Connection) -> floa
     return (time.perf_counter() - start) / _JITTED_ROUNDS.value / 2 * 1e6
 
 
+def _message(num_bytes: int) -> MessageSpec:
+    return MessageSpec(Tag.Q, (jax.ShapeDtypeStruct((-(-num_bytes // 2),), jnp.float16),))
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
@@ -125,15 +130,19 @@ def main(argv: list[str]) -> None:
     arguments = (theirs, game, _programs(sizes), _JITTED_ROUNDS.value, _waits())
     peer = context.Process(target=_peer, args=arguments, daemon=True)
     peer.start()
-    large = MessageSpec(Tag.Q, (jax.ShapeDtypeStruct((_LARGE // 4,), jnp.float32),))
-    ends = {"peer": "echo", "messages": [large], **_waits()}
     kind = channel_class(_KIND.value)
-    with kind.create(role="writer", **ends) as tx, kind.create(role="reader", **ends) as rx:
-        mine.send((tx.address, rx.address))
-        for channel, answer in zip((tx, rx), mine.recv(), strict=True):
-            channel.connect(answer)
+    small, wide = ({"peer": "echo", "messages": [_message(size)], **_waits()} for size in (max(sizes), _LARGE))
+    with (
+        kind.create(role="writer", **small) as tx,
+        kind.create(role="reader", **small) as rx,
+        kind.create(role="writer", **wide) as large,
+    ):
+        ends = (tx, rx, large)
+        mine.send([end.address for end in ends])
+        for end, answer in zip(ends, mine.recv(), strict=True):
+            end.connect(answer)
         mine.send("go")
-        sent = list(game.play(tx, rx, first=True))
+        sent = list(game.play(tx, rx, large, first=True))
         native, copied = _figures(sent, mine.recv()).values()
         jitted = {size: _jitted(tx, rx, size, mine) for size in _programs(sizes)}
         mine.send("done")

@@ -12,6 +12,7 @@ import shutil
 import socket
 import stat
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -60,11 +61,15 @@ def attention_worker_checks(cluster: Cluster, index: int) -> list[Check]:
 def model_worker_checks(cluster: Cluster) -> list[Check]:
     """What the model worker needs to run on this host, and which attention workers it reaches by now."""
     own = _worker_checks(cluster, cluster.model_worker, cluster.attention_workers)
-    others = [
-        check_reachable(cluster, f"attention worker {i}", address, FromClusterWorker, required=False)
-        for i, address in enumerate(cluster.attention_workers)
-    ]
-    return [*own, *others]
+    addresses = cluster.attention_workers
+
+    def reach(index: int) -> Check:
+        name = f"attention worker {index}"
+        return check_reachable(cluster, name, addresses[index], FromClusterWorker, required=False)
+
+    # At once: each that is not up yet is waited for.
+    with ThreadPoolExecutor(len(addresses)) as pool:
+        return [*own, *pool.map(reach, range(len(addresses)))]
 
 
 def engine_checks(cluster: Cluster) -> list[Check]:

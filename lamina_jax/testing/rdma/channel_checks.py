@@ -38,10 +38,21 @@ _NO_PLUGINS: Final = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 """Importing those that are installed takes longer than most tests."""
 
 _ROUNDS: Final = 3
+_CHANNEL: Final = (
+    *(sys.executable, "benchmarks/channel_native.py"),
+    f"--sizes={','.join(map(str, LATENCY_NBYTES))}",
+)
+_JITTED_ROUNDS: Final = 200
 _SPIN_US: Final = 10000
 """Longer than a wait lasts here: perftest never sleeps either."""
 _KINDS: Final = ("shm", "tcp", "verbs")
 _ON_LOOPBACK: Final = {"LAMINA_RDMA_DEVICE": LOOPBACK_DEVICE}
+
+
+def prepare_beside_perftest(folder: Path) -> None:
+    """Compiles the programs of the benchmark."""
+    few = ["--turns=1", "--rounds=50", "--messages=2", f"--jitted_rounds={_JITTED_ROUNDS}"]
+    run_here([*_CHANNEL, "--kind=shm", *few], folder=folder, cwd=ROOT, timeout_s=120.0)
 
 
 def beside_perftest(machines: tuple[Machine, ...]) -> Iterator[Row]:
@@ -97,10 +108,7 @@ def _spread(figures: list[float]) -> str:
 
 
 def _channel_figures(machine: Machine, *, jitted: bool) -> dict[str, Any]:
-    command = [
-        *(sys.executable, "benchmarks/channel_native.py", "--kind=verbs", f"--spin_us={_SPIN_US}"),
-        *(f"--sizes={','.join(map(str, LATENCY_NBYTES))}", f"--jitted_rounds={200 if jitted else 0}"),
-    ]
+    command = [*_CHANNEL, "--kind=verbs", f"--spin_us={_SPIN_US}", f"--jitted_rounds={_JITTED_ROUNDS if jitted else 0}"]
     output = machine.run(command, env=_ON_LOOPBACK, timeout_s=120, name="channel")
     return json.loads(output.strip().splitlines()[-1])
 

@@ -12,6 +12,7 @@ from lamina_jax.testing.rdma.channel_checks import (
     beside_perftest,
     conformance,
     faults,
+    prepare_beside_perftest,
     prepare_channels,
     start_conformance,
     start_faults,
@@ -92,7 +93,13 @@ def packet_loss(machines: tuple[Machine, ...]) -> Iterator[Row]:
 
 CHECKS: Final = (
     Check(name="devices", run=devices, num_machines=1, limit_s=90),
-    Check(name="channel beside perftest", run=beside_perftest, num_machines=1, limit_s=300),
+    Check(
+        name="channel beside perftest",
+        run=beside_perftest,
+        num_machines=1,
+        limit_s=300,
+        prepare=prepare_beside_perftest,
+    ),
     Check(
         name="channels and tokens",
         run=channels_and_tokens,

@@ -85,12 +85,12 @@ def cluster_that_breaks(machines: tuple[Machine, ...]) -> Iterator[Row]:
     kill_attention_worker(b, 0)
     yield calls.next_fails("attention worker 0 killed", r"attention worker 0 at \S+ on b")
     start_attention_worker(b, 0)
-    yield calls.next_are_exact("tokens once it is back", within_s=_START_S)
+    yield calls.next_are_exact("tokens once it is back", within_s=_START_S, skip=0)
 
     a.set_link(up=False)
     yield calls.next_fails("link down", r"on b")
     a.set_link(up=True)
-    yield calls.next_are_exact("tokens once the link is up", within_s=_START_S)
+    yield calls.next_are_exact("tokens once the link is up", within_s=_START_S, skip=0)
     engine.kill()
 
     engine = _start_engine(a, _cluster_over_tcp(a))
@@ -117,20 +117,20 @@ class _Calls:
         self._engine = engine
         self._expected = expected
 
-    def next_are_exact(self, name: str, within_s: float = _CALL_S) -> Row:
-        """Waits for a call that began after now and returned tokens."""
+    def next_are_exact(self, name: str, within_s: float = _CALL_S, *, skip: int = 1) -> Row:
+        """Waits for a call that returns tokens and began after now, or with `skip` 0 is under way."""
         start = time.monotonic()
-        got = self._after_the_next(r"tokens (.*)", within_s)
+        got = self._after_the_next(r"tokens (.*)", within_s, skip)
         seconds = time.monotonic() - start
         return judged(name, got == self._expected, f"within {seconds:.1f} s" if got == self._expected else got)
 
     def next_fails(self, name: str, words: str) -> Row:
         """Waits for a call that ended with an error."""
         start = time.monotonic()
-        got = self._after_the_next(r"error: (.*)", _CALL_S, skip=0)
+        got = self._after_the_next(r"error: (.*)", _CALL_S, 0)
         return judged(name, re.search(words, got) is not None, f"after {time.monotonic() - start:.1f} s: {got}")
 
-    def _after_the_next(self, pattern: str, within_s: float, skip: int = 1) -> str:
+    def _after_the_next(self, pattern: str, within_s: float, skip: int) -> str:
         """What a call later than the one under way has said; with `skip` 0 that one may say it."""
         done = len(re.findall(r"^call \d+:", self._engine.output, re.MULTILINE))
         deadline = time.monotonic() + within_s
