@@ -37,7 +37,8 @@ _PYTEST: Final = (
 _NO_PLUGINS: Final = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 """Importing those that are installed takes longer than most tests."""
 
-_ROUNDS: Final = 3
+_ROUNDS: Final = 2
+"""Of the channel; perftest has one before each and one after the last."""
 _CHANNEL: Final = (
     *(sys.executable, "benchmarks/channel_native.py"),
     f"--sizes={','.join(map(str, LATENCY_NBYTES))}",
@@ -61,19 +62,21 @@ def beside_perftest(machines: tuple[Machine, ...]) -> Iterator[Row]:
     The figures depend on what else the two cores do, so they are told and not judged.
     """
     machine = machines[0]
-    rounds = [_Round.run(machine, jitted=i == _ROUNDS - 1) for i in range(_ROUNDS)]
-    last = rounds[-1].channel
+    perftest, ours = [_Perftest.run(machine)], []
+    for i in range(_ROUNDS):
+        ours.append(_channel_figures(machine, jitted=i == _ROUNDS - 1))
+        perftest.append(_Perftest.run(machine))
     for n in LATENCY_NBYTES:
-        theirs = [r.latency_us[n] for r in rounds]
-        native, copied = ([r.channel[how]["us"][str(n)] for r in rounds] for how in ("native", "copied"))
-        jitted = last["jitted_us"].get(str(n))
+        theirs = [figures.latency_us[n] for figures in perftest]
+        native, copied = ([figures[how]["us"][str(n)] for figures in ours] for how in ("native", "copied"))
+        jitted = ours[-1]["jitted_us"].get(str(n))
         yield passed(
             f"verbs {n} B, one way",
             f"{_beside(native, theirs)} of ib_write_lat's {_spread(theirs)} us; "
             f"copied {median(copied):.1f}" + (f", through XLA {jitted:.1f}" if jitted is not None else ""),
         )
-    theirs = [r.mib_per_s for r in rounds]
-    native, copied = ([r.channel[how]["mib_per_s"] for r in rounds] for how in ("native", "copied"))
+    theirs = [figures.mib_per_s for figures in perftest]
+    native, copied = ([figures[how]["mib_per_s"] for figures in ours] for how in ("native", "copied"))
     yield passed(
         f"verbs {BANDWIDTH_NBYTES >> 20} MB messages",
         f"{_beside(native, theirs)} of ib_write_bw's {_spread(theirs)} MiB/s; copied {median(copied):.1f}",
@@ -81,22 +84,21 @@ def beside_perftest(machines: tuple[Machine, ...]) -> Iterator[Row]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Round:
-    """Figures of perftest and of a channel, taken one after the other."""
+class _Perftest:
+    """Figures of perftest."""
 
     latency_us: dict[int, float]
     mib_per_s: float
-    channel: dict[str, Any]
 
     @classmethod
-    def run(cls, machine: Machine, *, jitted: bool) -> "_Round":
+    def run(cls, machine: Machine) -> "_Perftest":
         here: dict[str, Any] = {"device": LOOPBACK_DEVICE, "address": "127.0.0.1"}
         latency = {
             n: write_latency(machine, machine, nbytes=n, iterations=1000 if n < 4096 else 200, **here).median_us
             for n in LATENCY_NBYTES
         }
         bandwidth = write_bandwidth(machine, machine, nbytes=BANDWIDTH_NBYTES, iterations=50, **here)
-        return cls(latency_us=latency, mib_per_s=bandwidth.mean_mib_s, channel=_channel_figures(machine, jitted=jitted))
+        return cls(latency_us=latency, mib_per_s=bandwidth.mean_mib_s)
 
 
 def _beside(ours: list[float], theirs: list[float]) -> str:
@@ -119,47 +121,25 @@ def prepare_channels(folder: Path) -> None:
     run_here([*_PYTEST, chosen, _CONFORMANCE, _FAULTS], env=_NO_PLUGINS, folder=folder, cwd=ROOT, timeout_s=300.0)
 
 
-def start_conformance(machine: Machine) -> Job:
-    """Starts the conformance tests of each kind of channel."""
-    chosen = f"({' or '.join(_KINDS)}) and ({' or '.join(_CONFORMANCE_TESTS)})"
-    return _start_tests(machine, chosen, _CONFORMANCE)
-
-
-def start_faults(machine: Machine) -> Job:
-    """Starts the tests of what may break in channels over RDMA. They count the queue pairs of all processes."""
-    return _start_tests(machine, "test_verbs", _FAULTS)
-
-
-def _start_tests(machine: Machine, chosen: str, path: str) -> Job:
+def start_channels(machine: Machine) -> Job:
+    """Starts the conformance tests of each kind of channel, and the tests of what may break in those over RDMA."""
+    chosen = f"test_verbs or ({' or '.join(_KINDS)}) and ({' or '.join(_CONFORMANCE_TESTS)})"
     more = {name: os.environ[name] for name in ("LAMINA_KILL_SEEDS",) if name in os.environ}
-    return machine.start([*_PYTEST, chosen, path], env=_ON_LOOPBACK | _NO_PLUGINS | more, name=Path(path).stem)
+    env = _ON_LOOPBACK | _NO_PLUGINS | more
+    return machine.start([*_PYTEST, chosen, _CONFORMANCE, _FAULTS], env=env, name="channels")
 
 
-def conformance(job: Job) -> Iterator[Row]:
-    """What the tests that `start_conformance` has started find."""
-    _await_end(job)
+def channels(job: Job) -> Iterator[Row]:
+    """What the tests that `start_channels` has started find."""
+    with contextlib.suppress(JobError):  # killed when its time is up: what it found until then counts
+        job.wait(timeout_s=_CHANNELS_LIMIT_S)
     for kind in _KINDS:
         outcomes = re.findall(rf"^\S+test_channel\S+::(\w+)\[\S*\b{kind}\b\S*\] (\w+)", job.output, re.MULTILINE)
         wrong = [test for test, outcome in outcomes if outcome != "PASSED"]
         detail = f"{len(outcomes) - len(wrong)} of {len(outcomes)} tests passed; {', '.join(wrong)}".rstrip("; ")
         yield judged(f"conformance of {kind}", bool(outcomes) and not wrong, detail)
-    yield from _end(job)
-
-
-def faults(job: Job) -> Iterator[Row]:
-    """What the tests that `start_faults` has started find."""
-    _await_end(job)
     for test, outcome in re.findall(r"^\S+test_verbs\S+::test_(\S+) (PASSED|FAILED|ERROR)", job.output, re.MULTILINE):
         yield judged(f"verbs: {test.replace('_', ' ')}", outcome == "PASSED", "")
-    yield from _end(job)
-
-
-def _await_end(job: Job) -> None:
-    with contextlib.suppress(JobError):  # killed when its time is up: what it found until then counts
-        job.wait(timeout_s=_CHANNELS_LIMIT_S)
-
-
-def _end(job: Job) -> Iterator[Row]:
     if job.status != 0:
         last = job.output.strip().rpartition("\n")[2]
         yield failed(job.name, f"pytest ended with status {job.status} after {job.seconds:.0f} s: {last}")

@@ -10,15 +10,13 @@ from lamina_jax.testing.rdma.channel_checks import (
     BANDWIDTH_NBYTES,
     LATENCY_NBYTES,
     beside_perftest,
-    conformance,
-    faults,
+    channels,
     prepare_beside_perftest,
     prepare_channels,
-    start_conformance,
-    start_faults,
+    start_channels,
 )
 from lamina_jax.testing.rdma.cluster_checks import prepare_tokens, tokens_on_one_machine, two_hosts
-from lamina_jax.testing.rdma.machines import DEVICE, GID_INDEX, LOOPBACK_DEVICE, JobError, Machine
+from lamina_jax.testing.rdma.machines import DEVICE, GID_INDEX, LOOPBACK_DEVICE, JobError, Machine, share_processors
 from lamina_jax.testing.rdma.perftest import write_bandwidth, write_latency
 from lamina_jax.testing.rdma.report import Row, failed, judged, passed
 from lamina_jax.testing.rdma.runner import Check
@@ -34,8 +32,9 @@ for found in d.get_device_list():
         port = context.query_port(1)
         print(name, "state", port.state, "mtu", 128 << port.active_mtu, "gid", context.query_gid(1, {GID_INDEX}))
 """
-    for machine in machines:
-        lines = machine.run([sys.executable, "-c", script], timeout_s=60, name="pyverbs").splitlines()
+    jobs = [machine.start([sys.executable, "-c", script], name="pyverbs") for machine in machines]
+    for machine, job in zip(machines, jobs, strict=True):
+        lines = job.check(timeout_s=60).splitlines()
         active = {line.split()[0] for line in lines if "state 4" in line}
         detail = "; ".join(lines) or "pyverbs finds none"
         yield judged(f"devices of machine {machine.name}", active == {DEVICE, LOOPBACK_DEVICE}, detail)
@@ -49,14 +48,14 @@ def prepare_channels_and_tokens(folder: Path) -> None:
 
 def channels_and_tokens(machines: tuple[Machine, ...]) -> Iterator[Row]:
     """Tests of channels and a run of a model: at the same time if there are two machines, else one after the other."""
+    share_processors(machines)
     a, *others = machines
-    jobs = [start_conformance(a), start_faults(others[0])] if others else []
+    job = start_channels(others[0]) if others else None
     try:
         yield from tokens_on_one_machine(a)
     except JobError as error:
         yield failed("tokens over verbs, one machine", str(error))
-    yield from conformance(jobs[0] if jobs else start_conformance(a))
-    yield from faults(jobs[1] if jobs else start_faults(a))
+    yield from channels(job or start_channels(a))
 
 
 def perftest_link(machines: tuple[Machine, ...]) -> Iterator[Row]:

@@ -53,6 +53,7 @@ _BOOT_LIMIT_S: Final = 120.0
 _WARM_LIMIT_S: Final = 300.0
 _GRACE_S: Final = 5.0
 _TAIL_LINES: Final = 20
+_MOST_PROCESSORS: Final = 1 << 16
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -306,8 +307,18 @@ class Machine:
         netem = f"tc qdisc replace dev eth0 root netem loss {percent}%"
         self._configure(netem if percent else "tc qdisc del dev eth0 root 2>/dev/null || true")
 
+    def use_processors(self, count: int | None) -> None:
+        """Takes all processors but the first `count` offline, or none if that is None."""
+        self._configure(f"""
+            for cpu in /sys/devices/system/cpu/cpu[1-9]*; do
+              wanted=$(( ${{cpu##*/cpu}} < {_MOST_PROCESSORS if count is None else count} ))
+              [ $(cat $cpu/online) = $wanted ] || echo $wanted > $cpu/online
+            done
+        """)
+
     def reset(self) -> list[str]:
-        """Kills jobs that still run, but those that stay, and what jobs left behind; empties /dev/shm; links it again.
+        """Kills jobs that still run, but those that stay, and what jobs left behind; empties /dev/shm; links it again,
+        with all its processors.
 
         Returns what was left behind: command lines of processes and paths of files.
         """
@@ -321,6 +332,7 @@ class Machine:
             raise MachineError(f"machine {self.name} has not killed what jobs left within 30 s\n{self._tail()}")
         self.set_loss(0.0)
         self.set_link(up=True)
+        self.use_processors(None)
         return self._resets[number]
 
     def cut_power(self) -> None:
@@ -518,6 +530,15 @@ def machines(
         for machine in started:
             machine.set_up_network(linked=count == 2)
         yield tuple(started)
+
+
+def share_processors(machines: Sequence[Machine]) -> None:
+    """Leaves machines that work at the same time no more processors than this one has: they would wait for each other.
+
+    Until they are reset.
+    """
+    for machine in machines:
+        machine.use_processors(max(1, (os.cpu_count() or 1) // len(machines)))
 
 
 def qemu_command(
