@@ -29,7 +29,7 @@ install: $(INSTALLED)
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest -q -n 2
 ifdef CI
-	$(MAKE) rdma-test RDMA_OPTIONS="--machines=1 --limit_s=1500"
+	$(MAKE) rdma-test RDMA_OPTIONS=--limit_s=1500
 endif
 
 aot: $(AOT_INSTALLED)
