@@ -33,7 +33,7 @@ _PYTEST: Final = (
     *(sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers"),
     *("-p", "pytest_timeout", "--durations=12", "-k"),
 )
-"""Runs tests in a machine, without checking types, and writes nothing into the checkout."""
+"""Runs tests without checking types. What it compiles of them here (`prepare_channels`) spares machines that work."""
 _NO_PLUGINS: Final = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 """Importing those that are installed takes longer than most tests."""
 

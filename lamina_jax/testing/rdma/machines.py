@@ -533,7 +533,7 @@ def machines(
 
 
 def share_processors(machines: Sequence[Machine]) -> None:
-    """Leaves machines that work at the same time no more processors than this one has: they would wait for each other.
+    """Leaves machines that work at the same time no more processors than this one has, so that none waits for one.
 
     Until they are reset.
     """

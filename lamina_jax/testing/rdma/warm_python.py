@@ -100,7 +100,8 @@ def import_all(modules: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _one_processor() -> Iterator[None]:
-    """Keeps this thread on one processor: moving to and fro takes an emulator as long again as the work."""
+    """Keeps this thread on one processor: where two machines import at the same time, moving it to and fro took one of
+    them as long again as the work."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(before)})
     yield
