@@ -84,6 +84,8 @@ class ChannelEnd {
   Status Fail(const Message& message, Code code, const std::string& why);
   Role PeerRole() const { return options_.role == Role::kWriter ? Role::kReader : Role::kWriter; }
   std::uint64_t next() const { return next_; }
+  // What the operation under way is about; for the thread that operates.
+  const Message& current() const { return current_; }
   SlotHeader* Slot(std::uint64_t number) const {
     return reinterpret_cast<SlotHeader*>(slots_ + (number % num_slots_) * SlotStride(slot_bytes_));
   }

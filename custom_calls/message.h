@@ -35,6 +35,7 @@ struct Message {
 struct alignas(kLine) SlotHeader {
   std::atomic<std::uint64_t> published;  // n + 1 once message n is complete; 0 before the first
   Message message;
+  std::uint64_t check;  // of a small message through a network: CheckOf; elsewhere whatever it is
 };
 
 // Folds one more tensor into a fingerprint, so that two tensors swapped, or bf16 read as f16, do not go unnoticed.

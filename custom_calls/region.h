@@ -2,9 +2,10 @@
 //
 //   Region = [RegionHeader] [slot 0] [slot 1] ... [slot num_slots - 1], one at each end, slots as in message.h. The
 //   writer's slots are where it stages messages, the reader's are where they arrive. The header holds what the peer
-//   writes: the reader its credit, and either end that it has stopped.
+//   writes: the reader its credit and for what it sleeps, and either end that it has stopped.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "message.h"
@@ -18,8 +19,28 @@ inline constexpr std::uint64_t kStopAborted = 2;  // nothing succeeds any more
 struct RegionHeader {
   alignas(kLine) std::uint64_t credit;     // messages that the reader has given back
   alignas(kLine) std::uint64_t peer_stop;
+  std::uint64_t peer_sleeps;  // n + 1 once the reader sleeps until message n wakes it. A GPU never does.
 };
 static_assert(sizeof(RegionHeader) == 2 * kLine);
+
+// Messages that fit a work request with room to spare: 192 bytes are three cache lines of tensors.
+inline constexpr bool IsSmall(std::uint64_t payload_bytes) { return payload_bytes <= 192; }
+
+// A fingerprint of what lies in a slot: of its sequence number, its message and `payload_bytes` behind it. The slot may
+// be written to meanwhile. What is half old and half new has another one, but for a chance of 2^-64.
+inline std::uint64_t CheckOf(const SlotHeader& slot, std::uint64_t payload_bytes) {
+  std::uint64_t check = 0;
+  const auto fold = [&check](const void* start, std::uint64_t bytes) {
+    const auto* const words = static_cast<const std::uint64_t*>(start);
+    for (std::uint64_t i = 0; i < bytes / sizeof(std::uint64_t); ++i) {
+      check = (check ^ __atomic_load_n(words + i, __ATOMIC_RELAXED)) * 0x9e3779b97f4a7c15;
+      check ^= check >> 29;  // a product alone carries nothing downwards: two top bits would cancel out
+    }
+  };
+  fold(&slot, offsetof(SlotHeader, check));
+  fold(&slot + 1, payload_bytes);
+  return check;
+}
 
 inline constexpr std::uint64_t RegionBytes(std::uint64_t num_slots, std::uint64_t slot_bytes) {
   return sizeof(RegionHeader) + num_slots * SlotStride(slot_bytes);

@@ -23,9 +23,9 @@
 namespace lamina {
 namespace {
 
-// What the immediate of a WRITE says.
-constexpr std::uint32_t kMessage = 1;
-constexpr std::uint32_t kWord = 2;
+// What the immediate of a WRITE says: that the messages before n are here (n modulo 2^31), or that it is no message.
+constexpr std::uint32_t kMessages = 0x7fffffff;
+constexpr std::uint32_t kWord = 0x80000000;
 
 constexpr std::uint64_t kReceive = ~std::uint64_t{0};  // wr_id of every receive; sends have their number
 constexpr int kBatch = 16;                             // completions taken at a time
@@ -33,6 +33,8 @@ constexpr int kBatch = 16;                             // completions taken at a
 constexpr std::uint32_t kReceiveBatch = 8;
 // Nothing comes back from a peer that has vanished unless something is sent to it.
 constexpr auto kProbeInterval = std::chrono::milliseconds(250);
+// The first nap of a reader to which a small message may be on its way that will not wake it.
+constexpr Nanoseconds kLeastNap = std::chrono::microseconds(100);
 constexpr auto kLinger = std::chrono::seconds(2);
 constexpr auto kLingerLook = std::chrono::microseconds(200);
 
@@ -110,10 +112,10 @@ std::string VerbsChannel::PeerLabel() const {
 
 bool VerbsChannel::Ready() {
   if (options_.role == Role::kReader) {
-    if (arrived_.load(std::memory_order_acquire) > next()) return true;
+    if (Here(next())) return true;
     const std::lock_guard<std::mutex> lock(mutex_);
     Drain();
-    if (arrived_.load(std::memory_order_acquire) > next()) return true;
+    if (Here(next())) return true;
     // Now that there is nothing else to do.
     if (port_.qp != nullptr && loss_.empty() && next() - credited_ >= IdleCredit(num_slots())) {
       if (const int error = PostCredit(next()); error != 0) Lost(PostFailed(error));
@@ -124,6 +126,16 @@ bool VerbsChannel::Ready() {
   // Also to give the queue pair receives for the credits to come.
   Drain();
   return MayPost() && next() < Acquire(header()->credit) + num_slots();
+}
+
+bool VerbsChannel::Here(std::uint64_t number) const {
+  if (arrived_.load(std::memory_order_acquire) > number) return true;
+  const SlotHeader& slot = *Slot(number);
+  if (slot.published.load(std::memory_order_acquire) != number + 1) return false;
+  const std::uint64_t payload_bytes = Acquire(slot.message.payload_bytes);
+  if (!IsSmall(payload_bytes) || Acquire(slot.check) != CheckOf(slot, payload_bytes)) return false;
+  std::atomic_thread_fence(std::memory_order_acquire);
+  return true;
 }
 
 std::uint32_t VerbsChannel::stop() {
@@ -152,17 +164,21 @@ std::string VerbsChannel::PeerLoss() {
 
 void VerbsChannel::BeginDoze() {
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (port_.qp != nullptr) ibv_req_notify_cq(port_.cq, 0);
+  if (port_.qp == nullptr) return;
+  ibv_req_notify_cq(port_.cq, 0);
+  if (const int error = PostSleep(); error != 0) Lost(PostFailed(error));
 }
 
-void VerbsChannel::Doze(Nanoseconds, Nanoseconds left) {
+void VerbsChannel::Doze(Nanoseconds waited, Nanoseconds left) {
   int events = -1;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (port_.qp != nullptr) events = port_.cq->channel->fd;
     dozing_ = true;
   }
-  const auto limit = std::min<Nanoseconds>(kSlice, left).count();
+  // The peer may have sent just before it learned that this end sleeps.
+  const Nanoseconds nap = AwaitsSmall() ? std::max(waited, kLeastNap) : kSlice;
+  const auto limit = std::min({nap, kSlice, left}).count();
   const timespec wait{static_cast<time_t>(limit / 1000000000), static_cast<long>(limit % 1000000000)};
   pollfd sources[2] = {{wakeup_.get(), POLLIN, 0}, {events, POLLIN, 0}};
   const int ready = ppoll(sources, 2, &wait, nullptr);
@@ -187,7 +203,7 @@ Status VerbsChannel::Advance(const Message& message) {
       why = kSelfClosed;
     } else if (options_.role == Role::kWriter) {
       error = PostMessage(message);
-    } else if (const bool behind = arrived_.load(std::memory_order_relaxed) > done;
+    } else if (const bool behind = Here(done);
                done - credited_ >= (behind ? CreditBatch(num_slots()) : LateCredit(num_slots()))) {
       error = PostCredit(done);
     }
@@ -220,14 +236,17 @@ int VerbsChannel::PostReceives(std::uint32_t count) {
 int VerbsChannel::PostMessage(const Message& message) {
   SlotHeader* const slot = Slot(next());
   slot->published.store(next() + 1, std::memory_order_relaxed);
+  const bool small = IsSmall(message.payload_bytes);
+  if (small) slot->check = CheckOf(*slot, message.payload_bytes);
   const auto start = reinterpret_cast<std::uint64_t>(slot);
   const std::uint64_t bytes = sizeof(SlotHeader) + message.payload_bytes;
   ibv_sge part{start, static_cast<std::uint32_t>(bytes), port_.lkey};
   ibv_send_wr request{};
   request.sg_list = &part;
   request.num_sge = 1;
-  request.opcode = IBV_WR_RDMA_WRITE_WITH_IMM;
-  request.imm_data = htobe32(kMessage);
+  const bool wakes = !small || Acquire(header()->peer_sleeps) == next() + 1;
+  request.opcode = wakes ? IBV_WR_RDMA_WRITE_WITH_IMM : IBV_WR_RDMA_WRITE;
+  request.imm_data = htobe32((next() + 1) & kMessages);
   request.send_flags = bytes <= port_.max_inline ? IBV_SEND_INLINE : 0;
   request.wr.rdma.remote_addr = peer_.region + (start - reinterpret_cast<std::uint64_t>(region_->data()));
   request.wr.rdma.rkey = peer_.rkey;
@@ -237,6 +256,13 @@ int VerbsChannel::PostMessage(const Message& message) {
 int VerbsChannel::PostCredit(std::uint64_t count) {
   credited_ = count;
   return PostWord(offsetof(RegionHeader, credit), count, true);
+}
+
+int VerbsChannel::PostSleep() {
+  if (!AwaitsSmall() || sleeps_for_ == next() + 1) return 0;
+  if (!connected_ || !loss_.empty() || PeerIsDone() || !MayPost()) return 0;
+  sleeps_for_ = next() + 1;
+  return PostWord(offsetof(RegionHeader, peer_sleeps), sleeps_for_, false);
 }
 
 int VerbsChannel::PostWord(std::uint64_t offset, std::uint64_t value, bool wake) {
@@ -289,8 +315,9 @@ void VerbsChannel::Take(const ibv_wc& completion) {
   }
   if (completion.wr_id != kReceive) {
     completed_ = completion.wr_id;
-  } else if (completion.imm_data == htobe32(kMessage)) {
-    arrived_.fetch_add(1, std::memory_order_release);
+  } else if (const std::uint32_t said = be32toh(completion.imm_data); said != kWord) {
+    const std::uint64_t before = arrived_.load(std::memory_order_relaxed);
+    arrived_.store(before + ((said - before) & kMessages), std::memory_order_release);
   }
 }
 

@@ -1,8 +1,9 @@
 // Channels between hosts over RDMA (libibverbs): each end writes to the other's memory.
 //
-// A message is one WRITE of its slot that carries an immediate, inline if it is small. The immediate makes a completion
-// at the peer, which therefore may sleep, and which says that all bytes are in place: what memory alone shows may be half
-// of a WRITE. Credits and stops come as WRITEs with an immediate, too.
+// A message is one WRITE of its slot. It carries an immediate, which makes a completion at the peer: on that the peer may
+// sleep, and it says that all bytes are in place, as what memory shows may be half of a WRITE. A small message (IsSmall)
+// does without, which is faster, as long as the reader has not said that it sleeps: the reader polls the slot, and knows
+// by a check over its bytes that none is missing. Credits and stops come as WRITEs with an immediate, too.
 #pragma once
 
 #include <infiniband/verbs.h>
@@ -88,11 +89,15 @@ class VerbsChannel final : public ChannelEnd {
   VerbsChannel(EndOptions options, std::unique_ptr<Region> region, std::uint32_t num_slots, std::uint64_t slot_bytes);
 
   RegionHeader* header() const { return reinterpret_cast<RegionHeader*>(region_->data()); }
+  // Whether all of message `number` is here; for the reader.
+  bool Here(std::uint64_t number) const;
   // The following expect mutex_ to be held.
   int PostReceives(std::uint32_t count);
   int PostMessage(const Message& message);
   // Gives the first `count` messages back to the writer.
   int PostCredit(std::uint64_t count);
+  // Asks for an immediate with the message that is awaited, if it could come without one.
+  int PostSleep();
   // WRITE of 8 bytes to `offset` of the peer's region; with an immediate it wakes the peer.
   int PostWord(std::uint64_t offset, std::uint64_t value, bool wake);
   int Post(ibv_send_wr& request);
@@ -109,6 +114,7 @@ class VerbsChannel final : public ChannelEnd {
   void Wake();
   bool Quiet();
   bool PeerIsDone() const;
+  bool AwaitsSmall() const { return options_.role == Role::kReader && IsSmall(current().payload_bytes); }
 
   const std::unique_ptr<Region> region_;
   const UniqueFd wakeup_;  // an eventfd
@@ -122,11 +128,12 @@ class VerbsChannel final : public ChannelEnd {
   std::uint64_t signaled_ = 0;   // the last of them that will say when it is done
   std::uint64_t completed_ = 0;  // those known to be done
   std::uint64_t credited_ = 0;   // reader: messages given back to the peer
+  std::uint64_t sleeps_for_ = 0;  // reader: what the peer was told last, as RegionHeader::peer_sleeps
   std::uint32_t owed_receives_ = 0;  // used up, and not given to the queue pair again
   bool probing_ = false;
   Clock::time_point last_probe_{};
 
-  std::atomic<std::uint64_t> arrived_{0};  // reader: messages that are here complete
+  std::atomic<std::uint64_t> arrived_{0};  // reader: messages that are here complete, by what completions say
   std::atomic<std::uint64_t> own_stop_{0};
   std::atomic<bool> connected_{false};
   std::atomic<bool> dozing_{false};
