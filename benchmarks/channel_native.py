@@ -3,13 +3,13 @@
 Half a round trip of ping-pong, as ib_write_lat counts it, and messages of 1 MB one way, as ib_write_bw does. "native"
 is C++ alone, which leaves what lies in the ring as it is, like perftest (so over shm no byte moves); "copied" copies
 messages into the ring and out of it, as custom calls do; "jitted" is a program of XLA. There is a ring each way for
-ping-pong and one for 1 MB, each with slots for the largest of its messages. All sizes take turns, several times, and
-figures are medians over all turns: what else the cores do comes and goes. The last line is JSON, for whoever compares.
+ping-pong and one for 1 MB, each with slots for the largest of its messages. All sizes take turns, several times, with
+perftest if that is asked for, and what is shown are medians of the turns' medians, as what else the cores do comes and
+goes. The last line is JSON, for whoever compares, with the medians of each turn.
 """
 
 import collections
 import dataclasses
-import itertools
 import json
 import multiprocessing
 import statistics
@@ -24,11 +24,18 @@ from absl import app, flags
 from ping_pong import make_ping, make_pong
 
 from lamina_jax import _custom_calls
+from lamina_jax.testing.rdma.perftest import ThisHost, write_bandwidth, write_latency
 from lamina_jax.transport import Channel, MessageSpec, Tag, attach, channel_class
+from lamina_jax.transport.rdma_devices import choose_verbs_port
 
 _KIND = flags.DEFINE_enum("kind", "verbs", ["shm", "tcp", "verbs"], "The kind of channel.")
 _SIZES = flags.DEFINE_list("sizes", ["2", "2048", "32768"], "Bytes of a message in ping-pong.")
 _TURNS = flags.DEFINE_integer("turns", 5, "How often sizes are measured one after the other.", lower_bound=1)
+_PERFTEST = flags.DEFINE_string(
+    "perftest",
+    None,
+    "An RDMA device, e.g. mlx5_0: ib_write_lat and ib_write_bw over it, within this host, join the turns.",
+)
 _ROUNDS = flags.DEFINE_integer("rounds", 400, "Round trips of a turn, a fifth above 4 KiB.", lower_bound=50)
 _JITTED_ROUNDS = flags.DEFINE_integer("jitted_rounds", 200, "Round trips in a jitted program; 0 for none.")
 _MESSAGES = flags.DEFINE_integer("messages", 10, "Messages one way of a turn.", lower_bound=2)
@@ -50,23 +57,27 @@ def _waits() -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class _Game:
-    """What both processes play in this order: a turn without copies, one with them; each all sizes, then a stream."""
+    """What both processes play in a turn: all sizes, then a stream; first without copies, then with them."""
 
     sizes: list[int]
     turns: int
     rounds: int
     messages: int
 
-    def play(self, tx: Channel, rx: Channel, large: Channel, *, first: bool) -> Iterator[tuple[bool, int, list[int]]]:
-        """Whether messages were copied, their size, and the nanoseconds of each round trip; after a turn those of its
-        stream through `large`, as one round of `_LARGE`.
+    def play(self, tx: Channel, rx: Channel, large: Channel, *, first: bool) -> Iterator[tuple[bool, int, float]]:
+        """Whether messages were copied, their size, and the median of half a round trip in nanoseconds; and those of
+        the stream through `large`, as of size `_LARGE`.
         """
-        for _, copies in itertools.product(range(self.turns), (False, True)):
+        for copies in (False, True):
             for size in self.sizes:
-                count = self.rounds if size <= 4096 else self.rounds // 5
+                count = _rounds(size, self.rounds)
                 rounds = _custom_calls.ping_pong(tx.id, rx.id, size, count, first=first, copies=copies)
-                yield copies, size, rounds[count // 10 :]
-            yield copies, _LARGE, [_custom_calls.stream(large.id, _LARGE, self.messages, copies)]
+                yield copies, size, statistics.median(rounds[count // 10 :]) / 2
+            yield copies, _LARGE, _custom_calls.stream(large.id, _LARGE, self.messages, copies)
+
+
+def _rounds(size: int, rounds: int) -> int:
+    return rounds if size <= 4096 else rounds // 5
 
 
 def _peer(
@@ -80,8 +91,9 @@ def _peer(
         attach(wide, role="reader", peer="benchmark", **waits) as large,
     ):
         connection.send([end.answer for end in (rx, tx, large)])
-        connection.recv()
-        connection.send([figure for figure in game.play(tx, rx, large, first=False) if figure[1] == _LARGE])
+        for _ in range(game.turns):
+            connection.recv()
+            connection.send([figure for figure in game.play(tx, rx, large, first=False) if figure[1] == _LARGE])
         for size in jitted_sizes:
             pong = make_pong(rx, tx, size, jitted_rounds).lower().compile()
             connection.send("ready")
@@ -90,19 +102,31 @@ def _peer(
         connection.recv()
 
 
-def _figures(sent: list[tuple[bool, int, list[int]]], streams: list[tuple[bool, int, list[int]]]) -> dict[str, Any]:
-    """Microseconds one way by size, and MiB/s, without copies and with them."""
-    figures = {}
-    for copies in (False, True):
-        rounds = collections.defaultdict(list)
-        for _, size, some in (f for f in sent if f[0] == copies and f[1] != _LARGE):
-            rounds[size] += some
-        seconds = statistics.median(ns[0] for copied, _, ns in streams if copied == copies) / 1e9
-        figures["copied" if copies else "native"] = {
-            "us": {size: statistics.median(some) / 2e3 for size, some in rounds.items()},
-            "mib_per_s": (_MESSAGES.value - 1) * _LARGE / (1 << 20) / seconds,
-        }
-    return figures
+def _figures(found: list[tuple[bool, int, float]], messages: int, *, copies: bool) -> dict[str, Any]:
+    """Of each turn: microseconds one way by size, and MiB/s."""
+    turns = collections.defaultdict(list)
+    for copied, size, nanoseconds in found:
+        if copied == copies:
+            turns[size].append(nanoseconds)
+    mib_per_s = [(messages - 1) * (_LARGE >> 20) / (ns / 1e9) for ns in turns.pop(_LARGE)]
+    return {"us": {size: [ns / 1e3 for ns in some] for size, some in turns.items()}, "mib_per_s": mib_per_s}
+
+
+class _Perftest:
+    """Turns of perftest, and their figures, like those of `_figures`."""
+
+    def __init__(self, device: str):
+        port = choose_verbs_port(device)
+        self._over: dict[str, Any] = {"device": port.nic, "gid_index": port.gid_index, "address": "127.0.0.1"}
+        self.figures: dict[str, Any] = {"us": collections.defaultdict(list), "mib_per_s": []}
+
+    def play(self, sizes: list[int], rounds: int, messages: int) -> None:
+        here = ThisHost()
+        for size in sizes:
+            latency = write_latency(here, here, nbytes=size, iterations=_rounds(size, rounds), **self._over)
+            self.figures["us"][size].append(latency.median_us)
+        bandwidth = write_bandwidth(here, here, nbytes=_LARGE, iterations=messages, **self._over)
+        self.figures["mib_per_s"].append(bandwidth.mean_mib_s)
 
 
 def _jitted(tx: Channel, rx: Channel, size: int, connection: Connection) -> float:
@@ -130,6 +154,7 @@ def main(argv: list[str]) -> None:
     arguments = (theirs, game, _programs(sizes), _JITTED_ROUNDS.value, _waits())
     peer = context.Process(target=_peer, args=arguments, daemon=True)
     peer.start()
+    perftest = None if _PERFTEST.value is None else _Perftest(_PERFTEST.value)
     kind = channel_class(_KIND.value)
     small, wide = ({"peer": "echo", "messages": [_message(size)], **_waits()} for size in (max(sizes), _LARGE))
     with (
@@ -141,17 +166,34 @@ def main(argv: list[str]) -> None:
         mine.send([end.address for end in ends])
         for end, answer in zip(ends, mine.recv(), strict=True):
             end.connect(answer)
-        mine.send("go")
-        sent = list(game.play(tx, rx, large, first=True))
-        native, copied = _figures(sent, mine.recv()).values()
+        found = []
+        for _ in range(game.turns):
+            if perftest is not None:
+                perftest.play(sizes, game.rounds, game.messages)
+            mine.send("turn")
+            found += [figure for figure in game.play(tx, rx, large, first=True) if figure[1] != _LARGE]
+            found += mine.recv()  # the reader knows when the last message of a stream was there
         jitted = {size: _jitted(tx, rx, size, mine) for size in _programs(sizes)}
         mine.send("done")
         peer.join(_TIMEOUT_S)
-    for size in sizes:
+    native, copied = (_figures(found, game.messages, copies=copies) for copies in (False, True))
+    _show(native, copied, jitted, perftest and perftest.figures)
+
+
+def _show(
+    native: dict[str, Any], copied: dict[str, Any], jitted: dict[int, float], perftest: dict[str, Any] | None
+) -> None:
+    def beside(ours: list[float], theirs: list[float] | None, unit: str) -> str:
+        ratio = f" ({statistics.median(ours) / statistics.median(theirs):.2f}x of perftest)" if theirs else ""
+        return f"{statistics.median(ours):8.2f} {unit} native{ratio}"
+
+    for size, turns in native["us"].items():
         in_program = f", {jitted[size]:8.2f} us jitted" if size in jitted else ""
-        print(f"{size:8d} bytes: {native['us'][size]:8.2f} us native, {copied['us'][size]:8.2f} us copied{in_program}")
-    print(f"{_LARGE:8d} bytes: {native['mib_per_s']:8.1f} MiB/s native, {copied['mib_per_s']:8.1f} MiB/s copied")
-    print(json.dumps({"native": native, "copied": copied, "jitted_us": jitted}))
+        ours = beside(turns, perftest["us"][size] if perftest else None, "us")
+        print(f"{size:8d} bytes: {ours}, {statistics.median(copied['us'][size]):8.2f} us copied{in_program}")
+    ours = beside(native["mib_per_s"], perftest["mib_per_s"] if perftest else None, "MiB/s")
+    print(f"{_LARGE:8d} bytes: {ours}, {statistics.median(copied['mib_per_s']):8.2f} MiB/s copied")
+    print(json.dumps({"native": native, "copied": copied, "jitted_us": jitted, "perftest": perftest}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Checks of channels over RDMA: beside perftest on the same device, and what they do when something breaks."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import re
@@ -9,10 +8,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any, Final
+from typing import Final
 
 from lamina_jax.testing.rdma.machines import LOOPBACK_DEVICE, ROOT, Job, JobError, Machine
-from lamina_jax.testing.rdma.perftest import write_bandwidth, write_latency
 from lamina_jax.testing.rdma.programs import run_here
 from lamina_jax.testing.rdma.report import Row, failed, judged, passed
 
@@ -37,13 +35,12 @@ _PYTEST: Final = (
 _NO_PLUGINS: Final = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 """Importing those that are installed takes longer than most tests."""
 
-_ROUNDS: Final = 2
-"""Of the channel; perftest has one before each and one after the last."""
 _CHANNEL: Final = (
     *(sys.executable, "benchmarks/channel_native.py"),
     f"--sizes={','.join(map(str, LATENCY_NBYTES))}",
 )
-_JITTED_ROUNDS: Final = 200
+_TURNS: Final = 10
+"""Short ones, as what the host's cores do besides changes within seconds."""
 _SPIN_US: Final = 10000
 """Longer than a wait lasts here: perftest never sleeps either."""
 _KINDS: Final = ("shm", "tcp", "verbs")
@@ -52,7 +49,7 @@ _ON_LOOPBACK: Final = {"LAMINA_RDMA_DEVICE": LOOPBACK_DEVICE}
 
 def prepare_beside_perftest(folder: Path) -> None:
     """Compiles the programs of the benchmark."""
-    few = ["--turns=1", "--rounds=50", "--messages=2", f"--jitted_rounds={_JITTED_ROUNDS}"]
+    few = ["--turns=1", "--rounds=50", "--messages=2"]
     run_here([*_CHANNEL, "--kind=shm", *few], folder=folder, cwd=ROOT, timeout_s=120.0)
 
 
@@ -61,44 +58,21 @@ def beside_perftest(machines: tuple[Machine, ...]) -> Iterator[Row]:
 
     The figures depend on what else the two cores do, so they are told and not judged.
     """
-    machine = machines[0]
-    perftest, ours = [_Perftest.run(machine)], []
-    for i in range(_ROUNDS):
-        ours.append(_channel_figures(machine, jitted=i == _ROUNDS - 1))
-        perftest.append(_Perftest.run(machine))
-    for n in LATENCY_NBYTES:
-        theirs = [figures.latency_us[n] for figures in perftest]
-        native, copied = ([figures[how]["us"][str(n)] for figures in ours] for how in ("native", "copied"))
-        jitted = ours[-1]["jitted_us"].get(str(n))
+    more = ["--kind=verbs", f"--spin_us={_SPIN_US}", f"--turns={_TURNS}", f"--perftest={LOOPBACK_DEVICE}"]
+    output = machines[0].run([*_CHANNEL, *more], env=_ON_LOOPBACK, timeout_s=240, name="channel")
+    ours = json.loads(output.strip().splitlines()[-1])
+    native, copied, jitted, theirs = (ours[how] for how in ("native", "copied", "jitted_us", "perftest"))
+    for n in map(str, LATENCY_NBYTES):
         yield passed(
             f"verbs {n} B, one way",
-            f"{_beside(native, theirs)} of ib_write_lat's {_spread(theirs)} us; "
-            f"copied {median(copied):.1f}" + (f", through XLA {jitted:.1f}" if jitted is not None else ""),
+            f"{_beside(native['us'][n], theirs['us'][n])} of ib_write_lat's {_spread(theirs['us'][n])} us; "
+            f"copied {median(copied['us'][n]):.1f}" + (f", through XLA {jitted[n]:.1f}" if n in jitted else ""),
         )
-    theirs = [figures.mib_per_s for figures in perftest]
-    native, copied = ([figures[how]["mib_per_s"] for figures in ours] for how in ("native", "copied"))
     yield passed(
         f"verbs {BANDWIDTH_NBYTES >> 20} MB messages",
-        f"{_beside(native, theirs)} of ib_write_bw's {_spread(theirs)} MiB/s; copied {median(copied):.1f}",
+        f"{_beside(native['mib_per_s'], theirs['mib_per_s'])} of ib_write_bw's {_spread(theirs['mib_per_s'])} MiB/s; "
+        f"copied {median(copied['mib_per_s']):.1f}",
     )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Perftest:
-    """Figures of perftest."""
-
-    latency_us: dict[int, float]
-    mib_per_s: float
-
-    @classmethod
-    def run(cls, machine: Machine) -> "_Perftest":
-        here: dict[str, Any] = {"device": LOOPBACK_DEVICE, "address": "127.0.0.1"}
-        latency = {
-            n: write_latency(machine, machine, nbytes=n, iterations=1000 if n < 4096 else 200, **here).median_us
-            for n in LATENCY_NBYTES
-        }
-        bandwidth = write_bandwidth(machine, machine, nbytes=BANDWIDTH_NBYTES, iterations=50, **here)
-        return cls(latency_us=latency, mib_per_s=bandwidth.mean_mib_s)
 
 
 def _beside(ours: list[float], theirs: list[float]) -> str:
@@ -107,12 +81,6 @@ def _beside(ours: list[float], theirs: list[float]) -> str:
 
 def _spread(figures: list[float]) -> str:
     return f"{median(figures):.1f} ({min(figures):.0f}-{max(figures):.0f})"
-
-
-def _channel_figures(machine: Machine, *, jitted: bool) -> dict[str, Any]:
-    command = [*_CHANNEL, "--kind=verbs", f"--spin_us={_SPIN_US}", f"--jitted_rounds={_JITTED_ROUNDS if jitted else 0}"]
-    output = machine.run(command, env=_ON_LOOPBACK, timeout_s=120, name="channel")
-    return json.loads(output.strip().splitlines()[-1])
 
 
 def prepare_channels(folder: Path) -> None:

@@ -61,20 +61,15 @@ def channels_and_tokens(machines: tuple[Machine, ...]) -> Iterator[Row]:
 def perftest_link(machines: tuple[Machine, ...]) -> Iterator[Row]:
     """Figures of perftest between two machines."""
     server, client = machines
-    yield from _perftest(server, client, device=DEVICE, address=server.address)
-
-
-def _perftest(server: Machine, client: Machine, *, device: str, address: str) -> Iterator[Row]:
+    link = {"device": DEVICE, "gid_index": GID_INDEX, "address": server.address}
     for nbytes in LATENCY_NBYTES:
-        got = write_latency(
-            server, client, device=device, nbytes=nbytes, address=address, iterations=1000 if nbytes < 4096 else 200
-        )
+        got = write_latency(server, client, nbytes=nbytes, iterations=1000 if nbytes < 4096 else 200, **link)
         yield passed(
-            f"ib_write_lat {nbytes} B, {device}",
+            f"ib_write_lat {nbytes} B, {DEVICE}",
             f"median {got.median_us:.1f} us, 99 % {got.p99_us:.1f} us, of {got.iterations}",
         )
-    got = write_bandwidth(server, client, device=device, nbytes=BANDWIDTH_NBYTES, address=address, iterations=50)
-    yield passed(f"ib_write_bw {BANDWIDTH_NBYTES >> 20} MB, {device}", f"mean {got.mean_mib_s:.1f} MiB/s")
+    got = write_bandwidth(server, client, nbytes=BANDWIDTH_NBYTES, iterations=50, **link)
+    yield passed(f"ib_write_bw {BANDWIDTH_NBYTES >> 20} MB, {DEVICE}", f"mean {got.mean_mib_s:.1f} MiB/s")
 
 
 def packet_loss(machines: tuple[Machine, ...]) -> Iterator[Row]:
@@ -82,7 +77,8 @@ def packet_loss(machines: tuple[Machine, ...]) -> Iterator[Row]:
     server, client = machines
     for machine in machines:
         machine.set_loss(1.0)
-    got = write_latency(server, client, device=DEVICE, nbytes=2, iterations=500)
+    link = {"device": DEVICE, "gid_index": GID_INDEX, "address": server.address}
+    got = write_latency(server, client, nbytes=2, iterations=500, **link)
     counted = re.search(r"dropped (\d+)", client.run(["tc", "-s", "qdisc", "show", "dev", "eth0"], timeout_s=20))
     dropped = int(counted[1]) if counted else 0
     yield judged(

@@ -1,12 +1,16 @@
 """Figures of perftest's ib_write_lat and ib_write_bw: what a channel over the same device is compared with."""
 
 import dataclasses
+import errno
 import re
+import subprocess
 import time
-
-from lamina_jax.testing.rdma.machines import GID_INDEX, Job, Machine
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
 
 _PORT = 18515
+_LISTENS = "0A"  # in /proc/net/tcp
 # Its standard deviation may be nan.
 _ROW = re.compile(r"^[ \t]*\d+(?:[ \t]+(?:[0-9.]+|-?nan))+[ \t]*$", re.MULTILINE)
 
@@ -49,48 +53,121 @@ class Bandwidth:
     mean_mib_s: float
 
 
+class Program(Protocol):
+    """Something that was started; `testing.rdma.machines.Job` is one."""
+
+    def check(self, timeout_s: float) -> str:
+        """Its output, when it has ended well; raises otherwise, or if that takes longer."""
+        ...
+
+    def kill(self) -> None: ...
+
+
+class Host(Protocol):
+    """Where programs run; `testing.rdma.machines.Machine` is one."""
+
+    def start(self, argv: Sequence[str | Path], /, *, name: str | None = None) -> Program: ...
+
+    def wait_for_port(self, port: int, timeout_s: float) -> None:
+        """Returns when something listens on a TCP port; raises if nothing does in time."""
+        ...
+
+
+class ThisHost:
+    """A `Host`: the one that this process runs on. A program that is missing, fails or takes too long is an OSError."""
+
+    def start(self, argv: Sequence[str | Path], /, *, name: str | None = None) -> Program:
+        del name
+        return _Here([str(argument) for argument in argv])
+
+    def wait_for_port(self, port: int, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not _listens(port):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"nothing has listened on port {port} for {timeout_s:.0f} s")
+            time.sleep(0.01)
+
+
+class _Here:
+    def __init__(self, argv: Sequence[str]):
+        self._argv = argv
+        try:
+            self._process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        except FileNotFoundError as error:
+            raise OSError(errno.ENOENT, f"no {argv[0]}: install perftest") from error
+
+    def check(self, timeout_s: float) -> str:
+        try:
+            output, _ = self._process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise TimeoutError(f"{' '.join(self._argv)} has not ended within {timeout_s:.0f} s") from None
+        if self._process.returncode != 0:
+            status = self._process.returncode
+            raise OSError(errno.EIO, f"{' '.join(self._argv)} ended with status {status}\n{output}")
+        return output
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+
+def _listens(port: int) -> bool:
+    for table in ("tcp", "tcp6"):
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+            _, local, _, state, *_ = line.split()
+            if state == _LISTENS and int(local.rpartition(":")[2], 16) == port:
+                return True
+    return False
+
+
 def write_latency(
-    server: Machine,
-    client: Machine,
+    server: Host,
+    client: Host,
     *,
     device: str,
+    gid_index: int,
+    address: str,
     nbytes: int,
     iterations: int = 1000,
-    address: str | None = None,
     timeout_s: float = 60.0,
 ) -> Latency:
-    """Latency of RDMA writes between two machines, or within one.
+    """Latency of RDMA writes between two hosts, or within one.
 
     Args:
         server: Where ib_write_lat listens.
         client: Where the other one runs, which measures.
         device: RDMA device of both.
+        gid_index: Of the address of both in the device's table.
+        address: Of the server, for TCP; "127.0.0.1" within one host.
         nbytes: Size of a message.
         iterations: Round trips.
-        address: Of the server; "127.0.0.1" within one machine. That of its eth0 by default.
         timeout_s: Seconds that all may take.
 
     Raises:
-        JobError: A program failed or took too long.
+        OSError, JobError: A program failed or took too long, as the host says it.
         ValueError: It wrote no figures.
     """
-    options = ["-s", str(nbytes), "-n", str(iterations)]
-    return parse_latency(_run_pair("ib_write_lat", server, client, device, options, address, timeout_s))
+    options = ["-d", device, "-x", str(gid_index), "-s", str(nbytes), "-n", str(iterations)]
+    return parse_latency(_run_pair("ib_write_lat", server, client, options, address, timeout_s))
 
 
 def write_bandwidth(
-    server: Machine,
-    client: Machine,
+    server: Host,
+    client: Host,
     *,
     device: str,
+    gid_index: int,
+    address: str,
     nbytes: int,
     iterations: int = 200,
-    address: str | None = None,
     timeout_s: float = 60.0,
 ) -> Bandwidth:
     """Bandwidth of RDMA writes; arguments and errors are those of `write_latency`, iterations are messages."""
-    options = ["-s", str(nbytes), "-n", str(iterations)]
-    return parse_bandwidth(_run_pair("ib_write_bw", server, client, device, options, address, timeout_s))
+    options = ["-d", device, "-x", str(gid_index), "-s", str(nbytes), "-n", str(iterations)]
+    return parse_bandwidth(_run_pair("ib_write_bw", server, client, options, address, timeout_s))
 
 
 def parse_latency(output: str) -> Latency:
@@ -115,24 +192,18 @@ def _figures(output: str, program: str, count: int) -> list[float]:
     return [float(figure) for figure in rows[0]]
 
 
-def _run_pair(
-    program: str,
-    server: Machine,
-    client: Machine,
-    device: str,
-    options: list[str],
-    address: str | None,
-    timeout_s: float,
-) -> str:
+def _run_pair(program: str, server: Host, client: Host, options: Sequence[str], address: str, timeout_s: float) -> str:
     """What the client wrote."""
     deadline = time.monotonic() + timeout_s
-    command = [program, "-d", device, "-x", str(GID_INDEX), "-p", str(_PORT), "-F", *options]
-    listening: Job = server.start(command, name=f"{program} server")
+    command = [program, "-p", str(_PORT), "-F", *options]
+    listening = server.start(command, name=f"{program} server")
     try:
         server.wait_for_port(_PORT, timeout_s=timeout_s)
-        output = client.run(
-            [*command, address or server.address], timeout_s=deadline - time.monotonic(), name=f"{program} client"
-        )
+        measuring = client.start([*command, address], name=f"{program} client")
+        try:
+            output = measuring.check(deadline - time.monotonic())
+        finally:
+            measuring.kill()
         listening.check(max(deadline - time.monotonic(), 1.0))
         return output
     finally:
