@@ -27,6 +27,9 @@ run: $(TINY)/config.json
 install: $(INSTALLED)
 
 test: $(INSTALLED) lint
+ifdef CI
+	$(MAKE) rdma
+endif
 	$(BIN)/python -m pytest -q -n 2
 ifdef CI
 	$(MAKE) rdma-test RDMA_OPTIONS=--limit_s=1500

@@ -77,7 +77,11 @@ Status ChannelEnd::End() {
 Status ChannelEnd::AwaitReady(const Message& message) {
   if (Ready()) return {};
   const auto start = Clock::now();
-  Status status = SpinUntilReady(start) ? Status{} : SleepUntilReady(message, start);
+  if (SpinUntilReady(start)) {
+    waited_long_ = false;
+    return {};
+  }
+  Status status = SleepUntilReady(message, start);
   waited_long_ = Clock::now() - start > Seconds(options_.spin_us * 1e-6);
   return status;
 }

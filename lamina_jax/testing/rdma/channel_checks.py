@@ -39,7 +39,7 @@ _CHANNEL: Final = (
     *(sys.executable, "benchmarks/channel_native.py"),
     f"--sizes={','.join(map(str, LATENCY_NBYTES))}",
 )
-_TURNS: Final = 10
+_TURNS: Final = 6
 """Short ones, as what the host's cores do besides changes within seconds."""
 _SPIN_US: Final = 10000
 """Longer than a wait lasts here: perftest never sleeps either."""

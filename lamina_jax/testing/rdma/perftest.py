@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 _PORT = 18515
 _LISTENS = "0A"  # in /proc/net/tcp
@@ -53,6 +53,7 @@ class Bandwidth:
     mean_mib_s: float
 
 
+@runtime_checkable
 class Program(Protocol):
     """Something that was started; `testing.rdma.machines.Job` is one."""
 
@@ -63,6 +64,7 @@ class Program(Protocol):
     def kill(self) -> None: ...
 
 
+@runtime_checkable
 class Host(Protocol):
     """Where programs run; `testing.rdma.machines.Machine` is one."""
 
