@@ -30,7 +30,7 @@ test: $(INSTALLED) lint
 ifdef CI
 	$(MAKE) rdma
 endif
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=25
 ifdef CI
 	$(MAKE) rdma-test RDMA_OPTIONS=--limit_s=1500
 endif

@@ -16,8 +16,8 @@ from typing import Annotated, Any, Final
 
 import msgspec
 
-PROTOCOL: Final = 1
-"""Number of the protocol: messages and their meaning. Ends with different numbers do not talk."""
+PROTOCOL: Final = 2
+"""Number of the protocol: messages of control connections and channels. Ends with different numbers do not talk."""
 
 FRAME_BYTES: Final = 256 << 10
 MAX_MESSAGE_BYTES: Final = 64 << 20
