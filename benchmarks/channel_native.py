@@ -4,14 +4,16 @@ Half a round trip of ping-pong, as ib_write_lat counts it, and messages of 1 MB 
 is C++ alone, which leaves what lies in the ring as it is, like perftest (so over shm no byte moves); "copied" copies
 messages into the ring and out of it, as custom calls do; "jitted" is a program of XLA. There is a ring each way for
 ping-pong and one for 1 MB, each with slots for the largest of its messages. All sizes take turns, several times, with
-perftest if that is asked for, and what is shown are medians of the turns' medians, as what else the cores do comes and
-goes. The last line is JSON, for whoever compares, with the medians of each turn.
+perftest if that is asked for, and what is shown are medians of the turns (in which a latency is a median itself), as
+what else the cores do comes and goes; programs of XLA run once, at the end. The last line is JSON with the figures of
+each turn, for whoever compares.
 """
 
 import collections
 import dataclasses
 import json
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -34,11 +36,11 @@ _TURNS = flags.DEFINE_integer("turns", 5, "How often sizes are measured one afte
 _PERFTEST = flags.DEFINE_string(
     "perftest",
     None,
-    "An RDMA device, e.g. mlx5_0: ib_write_lat and ib_write_bw over it, within this host, join the turns.",
+    "An RDMA device, e.g. mlx5_0: the channel's, over which ib_write_lat and ib_write_bw join the turns.",
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 400, "Round trips of a turn, a fifth above 4 KiB.", lower_bound=50)
 _JITTED_ROUNDS = flags.DEFINE_integer("jitted_rounds", 200, "Round trips in a jitted program; 0 for none.")
-_MESSAGES = flags.DEFINE_integer("messages", 10, "Messages one way of a turn.", lower_bound=2)
+_MESSAGES = flags.DEFINE_integer("messages", 20, "Messages one way of a turn.", lower_bound=5)
 _SPIN_US = flags.DEFINE_float("spin_us", None, "How long a wait polls before it sleeps; the kind's own if not given.")
 
 _LARGE = 1 << 20
@@ -150,6 +152,10 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     jax.config.update("jax_platforms", "cpu")
     sizes = [int(size) for size in _SIZES.value]
+    if max(sizes) >= _LARGE:
+        raise app.UsageError(f"--sizes must be below {_LARGE}, which is streamed; got {max(sizes)}")
+    if _PERFTEST.value is not None:
+        os.environ["LAMINA_RDMA_DEVICE"] = _PERFTEST.value
     mine, theirs = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")
     game = _Game(sizes=sizes, turns=_TURNS.value, rounds=_ROUNDS.value, messages=_MESSAGES.value)

@@ -75,6 +75,7 @@ struct RingHeader {
 
 static_assert(sizeof(SlotHeader) == kLine && sizeof(Message) == 40);
 static_assert(offsetof(SlotHeader, message) == 8 && offsetof(Message, num_tensors) == 32);
+static_assert(offsetof(SlotHeader, check) == 48);
 static_assert(sizeof(RingHeader) == 4 * kLine);
 static_assert(offsetof(RingHeader, pids) == 24 && offsetof(RingHeader, stop) == 32);
 static_assert(offsetof(RingHeader, polled) == 36);

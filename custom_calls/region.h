@@ -21,20 +21,23 @@ struct RegionHeader {
   alignas(kLine) std::uint64_t peer_stop;
   std::uint64_t peer_sleeps;  // n + 1 once the reader sleeps until message n wakes it. A GPU never does.
 };
-static_assert(sizeof(RegionHeader) == 2 * kLine);
+static_assert(sizeof(RegionHeader) == 2 * kLine && offsetof(RegionHeader, peer_sleeps) == kLine + 8);
 
-// Messages that fit a work request with room to spare: 192 bytes are three cache lines of tensors.
+// Up to three cache lines of tensors: with its head such a message fits into a work request (`_MAX_INLINE` in verbs.py).
 inline constexpr bool IsSmall(std::uint64_t payload_bytes) { return payload_bytes <= 192; }
 
-// A fingerprint of what lies in a slot: of its sequence number, its message and `payload_bytes` behind it. The slot may
-// be written to meanwhile. What is half old and half new has another one, but for a chance of 2^-64.
+// A fingerprint of what lies in a slot: its sequence number, its message and `payload_bytes` behind it. The slot may be
+// written to meanwhile: what is half old and half new hardly ever has the fingerprint of the new, one time in 2^64.
 inline std::uint64_t CheckOf(const SlotHeader& slot, std::uint64_t payload_bytes) {
+  using Word [[gnu::may_alias]] = std::uint64_t;
+  constexpr std::uint64_t kOdd = 0x9e3779b97f4a7c15;
   std::uint64_t check = 0;
   const auto fold = [&check](const void* start, std::uint64_t bytes) {
-    const auto* const words = static_cast<const std::uint64_t*>(start);
-    for (std::uint64_t i = 0; i < bytes / sizeof(std::uint64_t); ++i) {
-      check = (check ^ __atomic_load_n(words + i, __ATOMIC_RELAXED)) * 0x9e3779b97f4a7c15;
-      check ^= check >> 29;  // a product alone carries nothing downwards: two top bits would cancel out
+    const auto* const words = static_cast<const Word*>(start);
+    for (std::uint64_t i = 0; i < bytes / sizeof(Word); ++i) {
+      // A product carries nothing downwards: with only one, differences of top bits would cancel out.
+      check = (check ^ __atomic_load_n(words + i, __ATOMIC_RELAXED)) * kOdd;
+      check = (check ^ check >> 29) * kOdd;
     }
   };
   fold(&slot, offsetof(SlotHeader, check));

@@ -123,7 +123,7 @@ bool VerbsChannel::Ready() {
     if (Here(next())) return true;
     // Now that there is nothing else to do.
     if (port_.qp != nullptr && loss_.empty() && next() - credited_ >= IdleCredit(num_slots())) {
-      if (const int error = PostCredit(next()); error != 0) Lost(PostFailed(error));
+      if (const int error = GiveBack(next()); error != 0) Lost(PostFailed(error));
     }
     return false;
   }
@@ -138,7 +138,8 @@ bool VerbsChannel::Here(std::uint64_t number) const {
   const SlotHeader& slot = *Slot(number);
   if (slot.published.load(std::memory_order_acquire) != number + 1) return false;
   const std::uint64_t payload_bytes = Acquire(slot.message.payload_bytes);
-  if (!IsSmall(payload_bytes) || Acquire(slot.check) != CheckOf(slot, payload_bytes)) return false;
+  if (!IsSmall(payload_bytes) || payload_bytes > slot_bytes()) return false;
+  if (Acquire(slot.check) != CheckOf(slot, payload_bytes)) return false;
   std::atomic_thread_fence(std::memory_order_acquire);
   return true;
 }
@@ -208,9 +209,14 @@ Status VerbsChannel::Advance(const Message& message) {
       why = kSelfClosed;
     } else if (options_.role == Role::kWriter) {
       error = PostMessage(message);
-    } else if (const bool behind = Here(done);
-               done - credited_ >= (behind ? CreditBatch(num_slots()) : LateCredit(num_slots()))) {
-      error = PostCredit(done);
+    } else {
+      // What completions say counts on from here: of messages without an immediate they say nothing.
+      if (arrived_.load(std::memory_order_relaxed) < done) arrived_.store(done, std::memory_order_release);
+      if (done - credited_ >= (Here(done) ? CreditBatch(num_slots()) : LateCredit(num_slots()))) {
+        // A reader that never waits looks at its queue nowhere else.
+        Drain();
+        error = GiveBack(done);
+      }
     }
     if (error != 0) {
       Drain();
@@ -258,9 +264,11 @@ int VerbsChannel::PostMessage(const Message& message) {
   return Post(request);
 }
 
-int VerbsChannel::PostCredit(std::uint64_t count) {
-  credited_ = count;
-  return PostWord(offsetof(RegionHeader, credit), count, true);
+int VerbsChannel::GiveBack(std::uint64_t count) {
+  if (!MayPost()) return 0;
+  const int error = PostWord(offsetof(RegionHeader, credit), count, true);
+  if (error == 0) credited_ = count;
+  return error;
 }
 
 int VerbsChannel::PostSleep() {
@@ -321,8 +329,9 @@ void VerbsChannel::Take(const ibv_wc& completion) {
   if (completion.wr_id != kReceive) {
     completed_ = completion.wr_id;
   } else if (const std::uint32_t said = be32toh(completion.imm_data); said != kWord) {
-    const std::uint64_t before = arrived_.load(std::memory_order_relaxed);
-    arrived_.store(before + ((said - before) & kMessages), std::memory_order_release);
+    const std::uint64_t before = arrived_.load(std::memory_order_relaxed), more = (said - before) & kMessages;
+    // Half the numbers lie behind: of messages that memory has shown before.
+    if (more <= kMessages / 2) arrived_.store(before + more, std::memory_order_release);
   }
 }
 

@@ -94,8 +94,8 @@ class VerbsChannel final : public ChannelEnd {
   // The following expect mutex_ to be held.
   int PostReceives(std::uint32_t count);
   int PostMessage(const Message& message);
-  // Gives the first `count` messages back to the writer.
-  int PostCredit(std::uint64_t count);
+  // Gives the first `count` messages back to the writer; not yet if the queue is full.
+  int GiveBack(std::uint64_t count);
   // Asks for an immediate with the message that is awaited, if it could come without one.
   int PostSleep();
   // WRITE of 8 bytes to `offset` of the peer's region; with an immediate it wakes the peer.
@@ -133,7 +133,7 @@ class VerbsChannel final : public ChannelEnd {
   bool probing_ = false;
   Clock::time_point last_probe_{};
 
-  std::atomic<std::uint64_t> arrived_{0};  // reader: messages that are here complete, by what completions say
+  std::atomic<std::uint64_t> arrived_{0};  // reader: messages that are here complete, by completions or as they were read
   std::atomic<std::uint64_t> own_stop_{0};
   std::atomic<bool> connected_{false};
   std::atomic<bool> dozing_{false};

@@ -44,8 +44,8 @@ _RETRY_TIMEOUT: Final = 15
 _MAX_INLINE: Final = 256
 # More than a round trip with some work at the other end; to be woken by the NIC costs tens of microseconds.
 _SPIN_US: Final = 1000.0
-# Beside messages: words that say that the peer has stopped, or ask whether it is there. Half of these receives may be
-# used up before they are given back (`kReceiveBatch` in verbs_channel.cc).
+# Beside messages: words that say that the peer has stopped or sleeps, or ask whether it is there. Half of these
+# receives may be used up before they are given back (`kReceiveBatch` in verbs_channel.cc).
 _SPARE_REQUESTS: Final = 16
 
 

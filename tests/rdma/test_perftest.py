@@ -1,8 +1,17 @@
 """What is read off the output of perftest."""
 
+import sys
+
 import pytest
 
-from lamina_jax.testing.rdma.perftest import Bandwidth, Latency, parse_bandwidth, parse_latency
+from lamina_jax.testing.rdma.perftest import (
+    Bandwidth,
+    Latency,
+    ThisHost,
+    parse_bandwidth,
+    parse_latency,
+    write_latency,
+)
 
 LATENCY = """\
 ---------------------------------------------------------------------------------------
@@ -78,3 +87,47 @@ def test_output_without_figures(parse):
         ValueError, match=r"expected one row of \d figures from ib_write_\w+, got 0 in\nCouldn't connect"
     ):
         parse("Couldn't connect to 10.99.0.2:18515\n")
+
+
+PROGRAM = """
+import socket, sys
+port = int(sys.argv[sys.argv.index("-p") + 1])
+if sys.argv[-1] == "127.0.0.1":
+    socket.create_connection((sys.argv[-1], port), timeout=20).close()
+    print({figures!r})
+else:
+    {serve}
+"""
+SERVE = 'socket.create_server(("127.0.0.1", port)).accept()[0].close()'
+HERE = {"device": "mlx5_0", "gid_index": 3, "address": "127.0.0.1", "nbytes": 32768, "iterations": 300}
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Puts a program in the place of ib_write_lat; `serve` is what it does without an address."""
+
+    def install(serve: str) -> None:
+        program = tmp_path / "ib_write_lat"
+        program.write_text(f"#!{sys.executable}\n{PROGRAM.format(figures=LATENCY, serve=serve)}")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+
+    return install
+
+
+def test_latency_within_this_host(install):
+    install(SERVE)
+    assert write_latency(ThisHost(), ThisHost(), **HERE).median_us == 756.80
+
+
+def test_server_that_ends_is_quoted(install, monkeypatch):
+    monkeypatch.setattr("lamina_jax.testing.rdma.perftest._LISTENING_S", 0.5)
+    install('sys.exit("no such device")')
+    with pytest.raises(OSError, match=r"ib_write_lat does not listen on port \d+: no such device"):
+        write_latency(ThisHost(), ThisHost(), **HERE)
+
+
+def test_without_perftest_it_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(OSError, match="no ib_write_lat: install perftest"):
+        write_latency(ThisHost(), ThisHost(), **HERE)

@@ -21,10 +21,14 @@ def test_bytes_that_arrive_in_any_order_and_readers_that_sleep(tmp_path):
     names = (
         "WholeMessagesOnly",
         "Sleepers",
+        "RingsOfFewSlots",
+        "ReaderBehind",
         "SleeperIsWoken",
         "PollerIsNot",
         "LateWordIsNoHarm",
         "LargeMessageWakesUntold",
+        "ClosedInFlight",
+        "OtherSizeIsSaid",
     )
     lines = [f"{name}: good" for name in names]
     assert (done.returncode, done.stdout.splitlines()) == (0, lines), done.stdout + done.stderr

@@ -49,7 +49,7 @@ _ON_LOOPBACK: Final = {"LAMINA_RDMA_DEVICE": LOOPBACK_DEVICE}
 
 def prepare_beside_perftest(folder: Path) -> None:
     """Compiles the programs of the benchmark."""
-    few = ["--turns=1", "--rounds=50", "--messages=2"]
+    few = ["--turns=1", "--rounds=50", "--messages=5"]
     run_here([*_CHANNEL, "--kind=shm", *few], folder=folder, cwd=ROOT, timeout_s=120.0)
 
 

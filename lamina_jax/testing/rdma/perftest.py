@@ -2,14 +2,17 @@
 
 import dataclasses
 import errno
+import os
 import re
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 _PORT = 18515
+_LISTENING_S = 20.0  # after its start
 _LISTENS = "0A"  # in /proc/net/tcp
 # Its standard deviation may be nan.
 _ROW = re.compile(r"^[ \t]*\d+(?:[ \t]+(?:[0-9.]+|-?nan))+[ \t]*$", re.MULTILINE)
@@ -57,6 +60,11 @@ class Bandwidth:
 class Program(Protocol):
     """Something that was started; `testing.rdma.machines.Job` is one."""
 
+    @property
+    def output(self) -> str:
+        """What it has written so far."""
+        ...
+
     def check(self, timeout_s: float) -> str:
         """Its output, when it has ended well; raises otherwise, or if that takes longer."""
         ...
@@ -93,32 +101,40 @@ class ThisHost:
 class _Here:
     def __init__(self, argv: Sequence[str]):
         self._argv = argv
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         try:
-            self._process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            self._process = subprocess.Popen(argv, stdout=self._log, stderr=subprocess.STDOUT)
         except FileNotFoundError as error:
+            self._log.close()
             raise OSError(errno.ENOENT, f"no {argv[0]}: install perftest") from error
 
+    @property
+    def output(self) -> str:
+        # Without moving the place where the program writes on.
+        return os.pread(self._log.fileno(), 1 << 20, 0).decode(errors="replace")
+
     def check(self, timeout_s: float) -> str:
+        command = " ".join(self._argv)
         try:
-            output, _ = self._process.communicate(timeout=timeout_s)
+            status = self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise TimeoutError(f"{' '.join(self._argv)} has not ended within {timeout_s:.0f} s") from None
-        if self._process.returncode != 0:
-            status = self._process.returncode
-            raise OSError(errno.EIO, f"{' '.join(self._argv)} ended with status {status}\n{output}")
-        return output
+            raise TimeoutError(f"{command} has not ended within {timeout_s:.0f} s\n{self.output}") from None
+        if status != 0:
+            raise OSError(errno.EIO, f"{command} ended with status {status}\n{self.output}")
+        return self.output
 
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+
+    def __del__(self) -> None:
+        self._log.close()
 
 
 def _listens(port: int) -> bool:
-    for table in ("tcp", "tcp6"):
-        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+    for table in Path("/proc/net").glob("tcp*"):
+        for line in table.read_text().splitlines()[1:]:
             _, local, _, state, *_ = line.split()
             if state == _LISTENS and int(local.rpartition(":")[2], 16) == port:
                 return True
@@ -200,7 +216,10 @@ def _run_pair(program: str, server: Host, client: Host, options: Sequence[str], 
     command = [program, "-p", str(_PORT), "-F", *options]
     listening = server.start(command, name=f"{program} server")
     try:
-        server.wait_for_port(_PORT, timeout_s=timeout_s)
+        try:
+            server.wait_for_port(_PORT, timeout_s=min(timeout_s, _LISTENING_S))
+        except Exception as error:
+            raise OSError(errno.EIO, f"{program} does not listen on port {_PORT}: {listening.output}") from error
         measuring = client.start([*command, address], name=f"{program} client")
         try:
             output = measuring.check(deadline - time.monotonic())
