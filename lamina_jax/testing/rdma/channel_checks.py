@@ -14,7 +14,7 @@ from lamina_jax.testing.rdma.machines import LOOPBACK_DEVICE, ROOT, Job, JobErro
 from lamina_jax.testing.rdma.programs import run_here
 from lamina_jax.testing.rdma.report import Row, failed, judged, passed
 
-LATENCY_NBYTES: Final = (2, 2048, 32768)
+_LATENCY_NBYTES: Final = (2, 2048, 32768)
 BANDWIDTH_NBYTES: Final = 1 << 20
 _CHANNELS_LIMIT_S: Final = 400.0
 
@@ -37,9 +37,9 @@ _NO_PLUGINS: Final = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 _CHANNEL: Final = (
     *(sys.executable, "benchmarks/channel_native.py"),
-    f"--sizes={','.join(map(str, LATENCY_NBYTES))}",
+    f"--sizes={','.join(map(str, _LATENCY_NBYTES))}",
 )
-_TURNS: Final = 6
+_TURNS: Final = 5
 """Short ones, as what the host's cores do besides changes within seconds."""
 _SPIN_US: Final = 10000
 """Longer than a wait lasts here: perftest never sleeps either."""
@@ -62,7 +62,7 @@ def beside_perftest(machines: tuple[Machine, ...]) -> Iterator[Row]:
     output = machines[0].run([*_CHANNEL, *more], env=_ON_LOOPBACK, timeout_s=240, name="channel")
     ours = json.loads(output.strip().splitlines()[-1])
     native, copied, jitted, theirs = (ours[how] for how in ("native", "copied", "jitted_us", "perftest"))
-    for n in map(str, LATENCY_NBYTES):
+    for n in map(str, _LATENCY_NBYTES):
         yield passed(
             f"verbs {n} B, one way",
             f"{_beside(native['us'][n], theirs['us'][n])} of ib_write_lat's {_spread(theirs['us'][n])} us; "
