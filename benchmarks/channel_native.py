@@ -38,7 +38,7 @@ _PERFTEST = flags.DEFINE_string(
     None,
     "An RDMA device, e.g. mlx5_0: the channel's, over which ib_write_lat and ib_write_bw join the turns.",
 )
-_ROUNDS = flags.DEFINE_integer("rounds", 400, "Round trips of a turn, a fifth above 4 KiB.", lower_bound=50)
+_ROUNDS = flags.DEFINE_integer("rounds", 400, "Round trips of a turn, a tenth above 4 KiB.", lower_bound=50)
 _JITTED_ROUNDS = flags.DEFINE_integer("jitted_rounds", 200, "Round trips in a jitted program; 0 for none.")
 _MESSAGES = flags.DEFINE_integer("messages", 20, "Messages one way of a turn.", lower_bound=5)
 _SPIN_US = flags.DEFINE_float("spin_us", None, "How long a wait polls before it sleeps; the kind's own if not given.")
@@ -81,7 +81,7 @@ class _Game:
 
 
 def _rounds(size: int, rounds: int) -> int:
-    return rounds if size <= 4096 else rounds // 5
+    return rounds if size <= 4096 else rounds // 10
 
 
 def _peer(

@@ -40,7 +40,8 @@ _CHANNEL: Final = (
     f"--sizes={','.join(map(str, _LATENCY_NBYTES))}",
 )
 _TURNS: Final = 5
-"""Short ones, as what the host's cores do besides changes within seconds."""
+_ROUNDS: Final = 2000
+"""Of a turn. The speed of the host changes by a factor of two within tens of milliseconds, so few tell nothing."""
 _SPIN_US: Final = 10000
 """Longer than a wait lasts here: perftest never sleeps either."""
 _KINDS: Final = ("shm", "tcp", "verbs")
@@ -58,8 +59,9 @@ def beside_perftest(machines: tuple[Machine, ...]) -> Iterator[Row]:
 
     The figures depend on what else the two cores do, so they are told and not judged.
     """
-    more = ["--kind=verbs", f"--spin_us={_SPIN_US}", f"--turns={_TURNS}", f"--perftest={LOOPBACK_DEVICE}"]
-    output = machines[0].run([*_CHANNEL, *more], env=_ON_LOOPBACK, timeout_s=240, name="channel")
+    length = [f"--turns={_TURNS}", f"--rounds={_ROUNDS}", f"--spin_us={_SPIN_US}"]
+    command = [*_CHANNEL, "--kind=verbs", f"--perftest={LOOPBACK_DEVICE}", *length]
+    output = machines[0].run(command, env=_ON_LOOPBACK, timeout_s=240, name="channel")
     ours = json.loads(output.strip().splitlines()[-1])
     native, copied, jitted, theirs = (ours[how] for how in ("native", "copied", "jitted_us", "perftest"))
     for n in map(str, _LATENCY_NBYTES):
