@@ -27,7 +27,7 @@ static_assert(sizeof(RegionHeader) == 2 * kLine && offsetof(RegionHeader, peer_s
 inline constexpr bool IsSmall(std::uint64_t payload_bytes) { return payload_bytes <= 192; }
 
 // A fingerprint of what lies in a slot: its sequence number, its message and `payload_bytes` behind it. The slot may be
-// written to meanwhile: what is half old and half new hardly ever has the fingerprint of the new, one time in 2^64.
+// written to meanwhile: what is half old and half new has, but for a rare chance, not that of the new.
 inline std::uint64_t CheckOf(const SlotHeader& slot, std::uint64_t payload_bytes) {
   using Word [[gnu::may_alias]] = std::uint64_t;
   constexpr std::uint64_t kOdd = 0x9e3779b97f4a7c15;
