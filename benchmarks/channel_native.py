@@ -84,7 +84,7 @@ def _rounds(size: int, rounds: int) -> int:
     return rounds if size <= 4096 else rounds // 10
 
 
-def _peer(
+def _play_there(
     connection: Connection, game: _Game, jitted_sizes: list[int], jitted_rounds: int, waits: dict[str, float]
 ) -> None:
     jax.config.update("jax_platforms", "cpu")
@@ -136,10 +136,39 @@ class _Perftest:
         self.figures["mib_per_s"].append(bandwidth.mean_mib_s)
 
 
-def _jitted(tx: Channel, rx: Channel, size: int, connection: Connection) -> float:
+class _Peer:
+    """The other process, and what it says."""
+
+    def __init__(self, *arguments: Any):
+        self._connection, theirs = multiprocessing.Pipe()
+        context = multiprocessing.get_context("spawn")
+        self._process = context.Process(target=_play_there, args=(theirs, *arguments), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def tell(self, what: Any) -> None:
+        self._connection.send(what)
+
+    def hear(self) -> Any:
+        """What it says next. Raises ConnectionError if it does not within `_TIMEOUT_S`, or has ended."""
+        try:
+            if self._connection.poll(_TIMEOUT_S):
+                return self._connection.recv()
+            state = f"has said nothing for {_TIMEOUT_S:.0f} s"
+        except EOFError:
+            self._process.join(_TIMEOUT_S)
+            state = f"has ended with status {self._process.exitcode}"
+        raise ConnectionError(f"the process at the other end of the channels {state}")
+
+    def end(self) -> None:
+        self.tell("done")
+        self._process.join(_TIMEOUT_S)
+
+
+def _jitted(tx: Channel, rx: Channel, size: int, peer: _Peer) -> float:
     x = jnp.ones(size // 4, jnp.float32)
     ping = make_ping(tx, rx, _JITTED_ROUNDS.value).lower(x).compile()
-    connection.recv()
+    peer.hear()
     x = ping(x).block_until_ready()
     start = time.perf_counter()
     ping(x).block_until_ready()
@@ -159,12 +188,8 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"--sizes must be below {_LARGE}, which is streamed; got {max(sizes)}")
     if _PERFTEST.value is not None:
         os.environ["LAMINA_RDMA_DEVICE"] = _PERFTEST.value
-    mine, theirs = multiprocessing.Pipe()
-    context = multiprocessing.get_context("spawn")
     game = _Game(sizes=sizes, turns=_TURNS.value, rounds=_ROUNDS.value, messages=_MESSAGES.value)
-    arguments = (theirs, game, _programs(sizes), _JITTED_ROUNDS.value, _waits())
-    peer = context.Process(target=_peer, args=arguments, daemon=True)
-    peer.start()
+    peer = _Peer(game, _programs(sizes), _JITTED_ROUNDS.value, _waits())
     perftest = None if _PERFTEST.value is None else _Perftest(_PERFTEST.value)
     kind = channel_class(_KIND.value)
     small: dict[str, Any] = {"peer": "echo", "messages": [_message(max(sizes))], "num_slots": _SMALL_SLOTS, **_waits()}
@@ -175,19 +200,18 @@ def main(argv: list[str]) -> None:
         kind.create(role="writer", **wide) as large,
     ):
         ends = (tx, rx, large)
-        mine.send([end.address for end in ends])
-        for end, answer in zip(ends, mine.recv(), strict=True):
+        peer.tell([end.address for end in ends])
+        for end, answer in zip(ends, peer.hear(), strict=True):
             end.connect(answer)
         found = []
         for turn in range(game.turns):
             if perftest is not None:
                 perftest.play(sizes, game.rounds, game.messages, streams=turn % 2 == 0)
-            mine.send("turn")
+            peer.tell("turn")
             found += [figure for figure in game.play(tx, rx, large, first=True) if figure[1] != _LARGE]
-            found += mine.recv()  # the reader knows when the last message of a stream was there
-        jitted = {size: _jitted(tx, rx, size, mine) for size in _programs(sizes)}
-        mine.send("done")
-        peer.join(_TIMEOUT_S)
+            found += peer.hear()  # the reader knows when the last message of a stream was there
+        jitted = {size: _jitted(tx, rx, size, peer) for size in _programs(sizes)}
+        peer.end()
     native, copied = (_figures(found, game.messages, copies=copies) for copies in (False, True))
     _show(native, copied, jitted, perftest and perftest.figures)
 

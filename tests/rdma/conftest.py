@@ -24,7 +24,7 @@ class LocalMachine(Machine):
     def _configure(self, script: str) -> None:
         del script
 
-    def warm_python(self, modules: Sequence[str] = ()) -> None:
+    def _warm_python(self, modules: Sequence[str]) -> None:
         del modules
 
 

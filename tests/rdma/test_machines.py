@@ -3,7 +3,9 @@
 import os
 import signal
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -81,6 +83,30 @@ def test_a_signal_for_the_first_process_alone_or_for_its_group(machine):
     job.kill()
     assert machine.reset() in ([], ["sleep 1000"])
     assert not is_alive(child)
+
+
+def test_jobs_wait_until_their_python_is_warm(machine, monkeypatch):
+    is_warm = threading.Event()
+    monkeypatch.setattr(machine, "_warm_python", lambda modules: is_warm.wait(LIMIT_S))
+    machine.warm_python()
+    with ThreadPoolExecutor(1) as pool:
+        output = pool.submit(machine.run, ["echo", "hello"], timeout_s=LIMIT_S)
+        assert machine.reset() == []
+        assert not output.done()
+        is_warm.set()
+        assert output.result(LIMIT_S) == "hello\n"
+
+
+def test_a_python_that_cannot_be_warmed_is_an_error_of_jobs(machine, monkeypatch):
+    def fail(modules):
+        raise JobError(f"no module {modules[0]}")
+
+    monkeypatch.setattr(machine, "_warm_python", fail)
+    machine.warm_python(["nothing"])
+    for _ in range(2):
+        with pytest.raises(JobError, match="no module nothing"):
+            machine.start(["true"])
+    assert machine.reset() == []
 
 
 def test_no_such_program(machine):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import re
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def test_one_boot_for_all_checks_with_as_many_machines_as_any_needs(boots, tmp_p
     assert not any(machine.alive for machines in boots for machine in machines)
 
 
-def test_checks_are_prepared_before_the_first_begins_and_run_even_if_that_fails(boots, tmp_path):
+def test_a_check_is_prepared_before_it_begins_and_run_even_if_that_fails(boots, tmp_path):
     def prepare(folder):
         assert folder.is_relative_to(tmp_path)
         (folder / "prepared").touch()
@@ -110,14 +111,32 @@ def test_checks_are_prepared_before_the_first_begins_and_run_even_if_that_fails(
         (path,) = tmp_path.glob("*/prepared")
         yield passed("looks", path.parent.name)
 
-    ready = dataclasses.replace(check(good), prepare=prepare)
-    rows = run([check(looks), dataclasses.replace(check(good), prepare=refuse), ready], tmp_path)
-    assert [(row.name, row.outcome, row.detail) for row in rows[:4]] == [
+    refused = dataclasses.replace(check(good), prepare=refuse)
+    rows = run([refused, dataclasses.replace(check(looks), prepare=prepare)], tmp_path)
+    assert [(row.name, row.outcome, row.detail) for row in rows] == [
         ("boot 1: 1 machine", "passed", ""),
         ("good, prepared here", "FAILED", "ValueError: nothing works in boot-1"),
-        ("looks", "passed", "boot-1"),
         ("first", "passed", "hello"),
+        ("second", "FAILED", "1 machines"),
+        ("looks", "passed", "boot-1"),
     ]
+    assert len(boots) == 1
+
+
+def test_time_that_is_up_while_a_check_is_prepared(boots, tmp_path):
+    is_over = threading.Event()
+
+    def prepare(folder):
+        is_over.wait(60.0)
+
+    def ends(machines):
+        is_over.set()
+        yield passed("ends")
+
+    slow = dataclasses.replace(check(good, limit_s=1.0), prepare=prepare)
+    rows = run([slow, check(ends)], tmp_path)
+    assert [(row.name, row.outcome) for row in rows[1:]] == [("good", "FAILED"), ("ends", "passed")]
+    assert rows[1].detail == "its time was up after 1 s"
     assert len(boots) == 1
 
 

@@ -83,6 +83,15 @@ def test_arguments_environment_folder_streams_and_limits(python, tmp_path):
     assert got.stderr.split() == ["['a',", "'b", "c']", str(tmp_path), "w", "/", "__main__"]
 
 
+def test_processors_are_those_of_who_asked_and_not_those_of_the_warm_python(python):
+    show = "import os; print(*sorted(os.sched_getaffinity(0)))"
+    allowed = sorted(os.sched_getaffinity(0))
+    for processors in (allowed, allowed[-1:]):
+        names = " ".join(map(str, processors))
+        got = run("taskset", "-c", names.replace(" ", ","), python, "-c", show)
+        assert got.stdout.strip() == names
+
+
 def test_modules_and_spawned_processes(python, tmp_path):
     assert run(python, "-m", "json.tool", input="{}").stdout == "{}\n"
     (tmp_path / "spawns.py").write_text(SPAWNS)

@@ -14,7 +14,7 @@ from lamina_jax.testing.rdma.channel_checks import (
     prepare_channels,
     start_channels,
 )
-from lamina_jax.testing.rdma.cluster_checks import prepare_tokens, tokens_on_one_machine, two_hosts
+from lamina_jax.testing.rdma.cluster_checks import prepare_tokens, prepare_two_hosts, tokens_on_one_machine, two_hosts
 from lamina_jax.testing.rdma.machines import DEVICE, GID_INDEX, LOOPBACK_DEVICE, JobError, Machine, share_processors
 from lamina_jax.testing.rdma.perftest import write_bandwidth, write_latency
 from lamina_jax.testing.rdma.report import Row, failed, judged, passed
@@ -84,6 +84,14 @@ def packet_loss(machines: tuple[Machine, ...]) -> Iterator[Row]:
 
 
 CHECKS: Final = (
+    # First, as it can begin on a machine while the other imports what its jobs share.
+    Check(
+        name="channels and tokens",
+        run=channels_and_tokens,
+        num_machines=1,
+        limit_s=700,
+        prepare=prepare_channels_and_tokens,
+    ),
     Check(name="devices", run=devices, num_machines=1, limit_s=90),
     Check(
         name="channel beside perftest",
@@ -92,14 +100,7 @@ CHECKS: Final = (
         limit_s=300,
         prepare=prepare_beside_perftest,
     ),
-    Check(
-        name="channels and tokens",
-        run=channels_and_tokens,
-        num_machines=1,
-        limit_s=700,
-        prepare=prepare_channels_and_tokens,
-    ),
     Check(name="two perftest", run=perftest_link, num_machines=2, limit_s=120),
     Check(name="two with loss", run=packet_loss, num_machines=2, limit_s=60),
-    Check(name="two by docs/deploy.md", run=two_hosts, num_machines=2, limit_s=1200, prepare=prepare_tokens),
+    Check(name="two by docs/deploy.md", run=two_hosts, num_machines=2, limit_s=1200, prepare=prepare_two_hosts),
 )

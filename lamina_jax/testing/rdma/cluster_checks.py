@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import os
+import random
 import re
 import sys
 import time
@@ -13,17 +15,21 @@ from lamina_jax.testing.rdma.deploy import (
     CLUSTER,
     MODEL,
     deploy,
-    kill_attention_worker,
+    kill_worker,
     log_of_model_worker,
-    start_attention_worker,
+    prepare_deploy,
+    start_worker,
+    tiny_model,
+    wait_for_session,
 )
-from lamina_jax.testing.rdma.machines import LOOPBACK_DEVICE, ROOT, Job, Machine
+from lamina_jax.testing.rdma.machines import LOOPBACK_DEVICE, ROOT, Job, Machine, at_once
 from lamina_jax.testing.rdma.programs import run_here
 from lamina_jax.testing.rdma.report import Row, judged
-from lamina_jax.testing.tiny import write_tiny_checkpoint
 
 _START_S: Final = 300.0
 _CALL_S: Final = 120.0
+_CONNECTS_S: Final = 10.0
+"""About how long a session of theirs takes to open, in these machines."""
 _LOSS_PERCENT: Final = 1.0
 
 _TOKENS = """
@@ -52,7 +58,7 @@ def tokens_on_one_machine(machine: Machine) -> Iterator[Row]:
     folder = machine.folder.parent
     expected = _expected(folder)
     job = machine.start(
-        [sys.executable, "-c", _TOKENS, _model(folder), "verbs"],
+        [sys.executable, "-c", _TOKENS, tiny_model(folder), "verbs"],
         env={"LAMINA_RDMA_DEVICE": LOOPBACK_DEVICE},
         name="generate",
     )
@@ -61,17 +67,25 @@ def tokens_on_one_machine(machine: Machine) -> Iterator[Row]:
     job.check(timeout_s=30)
 
 
+def prepare_two_hosts(folder: Path) -> None:
+    """As `prepare_tokens`, also of what the document generates."""
+    prepare_tokens(folder)
+    prepare_deploy(folder)
+
+
 def two_hosts(machines: tuple[Machine, ...]) -> Iterator[Row]:
     """The cluster of docs/deploy.md, set up as it says; before it is stopped, what breaks it. Nothing is left of it."""
-    before = [_resources(machine) for machine in machines]
-    yield from deploy(machines, before_stop=cluster_that_breaks)
-    after = [_resources(machine) for machine in machines]
+    before = _resources(machines)
+    yield from deploy(machines, before_stop=functools.partial(_cluster_that_breaks, before))
+    after = _resources(machines)
     yield judged("no queue or registered memory is left", after == before, f"{after}, before {before}")
 
 
-def cluster_that_breaks(machines: tuple[Machine, ...]) -> Iterator[Row]:
-    """RDMA between two machines: packets lost, a worker killed, the link down; the engine stays all the while."""
-    a, b = machines
+def _cluster_that_breaks(resources: list[str], machines: tuple[Machine, ...]) -> Iterator[Row]:
+    """RDMA between two machines: packets lost, workers killed, the link down; the engine stays all the while, but for
+    the last part, over TCP: workers whose peers were killed then hold no more than the `resources` of before.
+    """
+    a = machines[0]
     expected = _expected(a.folder.parent)
     engine = _start_engine(a, CLUSTER)
     calls = _Calls(engine, expected)
@@ -82,10 +96,8 @@ def cluster_that_breaks(machines: tuple[Machine, ...]) -> Iterator[Row]:
     with _losing_packets(machines):
         yield calls.next_are_exact(f"tokens with {_LOSS_PERCENT:.0f} % of packets lost")
 
-    kill_attention_worker(b, 0)
-    yield calls.next_fails("attention worker 0 killed", r"attention worker 0 at \S+ on b")
-    start_attention_worker(b, 0)
-    yield calls.next_are_exact("tokens once it is back", within_s=_START_S, skip=0)
+    for seed in range(int(os.environ.get("LAMINA_KILL_SEEDS", "1"))):
+        yield from _workers_killed(machines, calls, seed)
 
     a.set_link(up=False)
     yield calls.next_fails("link down", r"on b")
@@ -96,9 +108,29 @@ def cluster_that_breaks(machines: tuple[Machine, ...]) -> Iterator[Row]:
     engine = _start_engine(a, _cluster_over_tcp(a))
     calls = _Calls(engine, expected)
     yield calls.next_are_exact("tokens over tcp, two machines", within_s=_START_S)
+    held = _resources(machines)
+    yield judged("workers have given back queues and memory", held == resources, f"{held}, before {resources}")
     with _losing_packets(machines):
         yield calls.next_are_exact(f"tokens over tcp with {_LOSS_PERCENT:.0f} % of packets lost")
     engine.kill()
+
+
+def _workers_killed(machines: tuple[Machine, ...], calls: "_Calls", seed: int) -> Iterator[Row]:
+    """One is killed in the middle of a step, and another while the next session is opened: at a moment of its own for
+    each seed, from the first message of that session to the first step.
+    """
+    a, b = machines
+    first, second = ("attention worker 0", b), (("model worker", a), ("attention worker 1", b))[seed % 2]
+    kill_worker(b, first[0])
+    yield calls.next_fails(f"{first[0]} killed", rf"{first[0]} at \S+ on b")
+    start_worker(b, first[0])
+    wait_for_session(b, first[0], _START_S)
+    delay_s = random.Random(seed).uniform(0.0, _CONNECTS_S)
+    time.sleep(delay_s)
+    kill_worker(second[1], second[0])
+    yield calls.next_fails(f"{second[0]} killed {delay_s:.1f} s into the next session", rf"{second[0]} at \S+")
+    start_worker(second[1], second[0])
+    yield calls.next_are_exact("tokens once both are back", within_s=_START_S, skip=0)
 
 
 @contextlib.contextmanager
@@ -142,10 +174,13 @@ class _Calls:
             number += 1
 
 
-def _resources(machine: Machine) -> str:
-    """How many queues and memory regions the kernel holds for RDMA, of all processes together."""
-    shown = machine.run(["rdma", "resource", "show"], timeout_s=20, name="resources")
-    return ", ".join(f"{kind} {n}" for kind, n in re.findall(r"\b(pd|cq|qp|mr) (\d+)", shown))
+def _resources(machines: tuple[Machine, ...]) -> list[str]:
+    """How many queues and memory regions the kernel of each holds for RDMA, of all processes together."""
+    show = lambda machine: machine.run(["rdma", "resource", "show"], timeout_s=20, name="resources")  # noqa: E731
+    return [
+        ", ".join(f"{kind} {n}" for kind, n in re.findall(r"\b(pd|cq|qp|mr) (\d+)", shown))
+        for shown in at_once(show, machines)
+    ]
 
 
 def _start_engine(machine: Machine, cluster: Path) -> Job:
@@ -161,17 +196,10 @@ def _cluster_over_tcp(machine: Machine) -> Path:
     return path
 
 
-def _model(folder: Path) -> Path:
-    model = folder / "tiny"
-    if not model.exists():
-        write_tiny_checkpoint(model, "gqa")
-    return model
-
-
 @functools.cache
 def _expected(folder: Path) -> str:
     """The tokens of the unsplit model, computed outside of the machines."""
-    command = [sys.executable, "-c", _TOKENS, _model(folder), "none", "shm"]
+    command = [sys.executable, "-c", _TOKENS, tiny_model(folder), "none", "shm"]
     output = run_here(command, folder=folder, cwd=ROOT, timeout_s=300.0)
     unsplit, split = (re.findall(rf"^{transport}: (.*)", output, re.MULTILINE) for transport in ("none", "shm"))
     if len(unsplit) != 1 or unsplit != split:

@@ -1,8 +1,8 @@
 """docs/deploy.md as somebody would follow it: its commands, run as they are written, in two machines."""
 
+import functools
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Final
 
 from lamina_jax.testing.doc_commands import Commands, read_commands
 from lamina_jax.testing.rdma.machines import ROOT, JobError, Machine
+from lamina_jax.testing.rdma.programs import run_here
 from lamina_jax.testing.rdma.report import Row, judged, passed
 from lamina_jax.testing.tiny import write_tiny_checkpoint
 
@@ -34,8 +35,8 @@ def deploy(machines: tuple[Machine, ...], before_stop: Callable[[tuple[Machine, 
     """
     by_name = {machine.name: machine for machine in machines}
     _let_log_in(*machines)
-    model = machines[0].folder / "tiny"
-    write_tiny_checkpoint(model, "gqa")
+    folder = machines[0].folder.parent
+    model = tiny_model(folder)
     machines[0].run(["bash", "-ec", f"mkdir -p checkpoints; rm -rf {MODEL}; cp -r {model} {MODEL}"], timeout_s=30.0)
     ended = ""
     for block in read_commands(DOCUMENT):
@@ -43,15 +44,13 @@ def deploy(machines: tuple[Machine, ...], before_stop: Callable[[tuple[Machine, 
             yield from before_stop(machines)
         name = f"deploy.md line {block.line}"
         jobs = [by_name[host].start(_bash(block.script), name=name) for host in block.hosts]
-        generates = _CLUSTER_FLAG in block.script and MODEL in block.script
-        expected = _texts(_on_one_host(block, model)) if generates else []
         try:
             outputs = [job.check(_BLOCK_LIMIT_S) for job in jobs]
         except JobError as error:
             raise JobError(f"{error}\n{_logs(machines)}") from error
         yield passed(f"{name} on {' and '.join(block.hosts)}")
-        if generates:
-            got = _texts(outputs[0])
+        if _generates(block):
+            got, expected = _texts(outputs[0]), _on_one_host(block.script, folder)
             yield judged("deploy.md: its tokens", got == expected, f"{got}, expected {expected}")
         if _STOPS in block.script:
             ended += "".join(outputs)
@@ -59,16 +58,38 @@ def deploy(machines: tuple[Machine, ...], before_stop: Callable[[tuple[Machine, 
     yield judged("workers end when told", sorted(names) == list(WORKERS), ", ".join(names))
 
 
-def start_attention_worker(machine: Machine, index: int) -> None:
-    """Starts a worker as the document does, in the place of one that has ended."""
-    name = f"attention_worker_{index}"
-    command = f"python scripts/launch_attention_worker.py {_CLUSTER_FLAG} --index={index}"
+def prepare_deploy(folder: Path) -> None:
+    """Generates here what the document's commands will generate in machines with this folder."""
+    for block in filter(_generates, read_commands(DOCUMENT)):
+        _on_one_host(block.script, folder)
+
+
+def tiny_model(folder: Path) -> Path:
+    """A model that machines with this folder can load."""
+    model = folder / "tiny"
+    if not model.exists():
+        write_tiny_checkpoint(model, "gqa")
+    return model
+
+
+def start_worker(machine: Machine, worker: str) -> None:
+    """Starts one of `WORKERS` as the document does, in the place of one that has ended."""
+    kind, _, index = worker.partition(" worker")
+    name = worker.replace(" ", "_")
+    command = f"python scripts/launch_{kind}_worker.py {_CLUSTER_FLAG}" + (f" --index={index.strip()}" if index else "")
     machine.run(_bash(f"nohup {command} > {name}.log 2>&1 & echo $! > {name}.pid"), timeout_s=30.0)
 
 
-def kill_attention_worker(machine: Machine, index: int) -> None:
-    """Kills a worker that was started as in the document."""
-    machine.run(_bash(f"kill -KILL $(cat attention_worker_{index}.pid)"), timeout_s=30.0)
+def kill_worker(machine: Machine, worker: str) -> None:
+    """Kills one of `WORKERS` that was started as in the document."""
+    machine.run(_bash(f"kill -KILL $(cat {worker.replace(' ', '_')}.pid)"), timeout_s=30.0)
+
+
+def wait_for_session(machine: Machine, worker: str, timeout_s: float) -> None:
+    """Waits until one of `WORKERS` has a session. Raises JobError if it does not in time."""
+    log = f"{worker.replace(' ', '_')}.log"
+    wait = f"until grep -q 'session with' {log}; do sleep 0.1; done"
+    machine.run(_bash(wait), timeout_s=timeout_s, name=f"wait for a session of {worker}")
 
 
 def log_of_model_worker(machine: Machine) -> str:
@@ -85,13 +106,17 @@ def _bash(script: str) -> list[str]:
     return ["bash", "-euo", "pipefail", "-c", script]
 
 
-def _on_one_host(block: Commands, model: Path) -> str:
-    """What the commands write if there is neither cluster nor attention worker."""
-    script = block.script.replace(_CLUSTER_FLAG, "--num_attention_workers=0").replace(MODEL, shlex.quote(str(model)))
+def _generates(block: Commands) -> bool:
+    return _CLUSTER_FLAG in block.script and MODEL in block.script
+
+
+@functools.cache
+def _on_one_host(script: str, folder: Path) -> list[str]:
+    """What the commands generate if there is neither cluster nor attention worker."""
+    model = shlex.quote(str(tiny_model(folder)))
+    script = script.replace(_CLUSTER_FLAG, "--num_attention_workers=0").replace(MODEL, model)
     path = f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH\n"
-    return subprocess.run(
-        _bash(path + script), cwd=ROOT, capture_output=True, text=True, timeout=300, check=True
-    ).stdout
+    return _texts(run_here(_bash(path + script), folder=folder, cwd=ROOT, timeout_s=300.0))
 
 
 def _texts(output: str) -> list[str]:
@@ -113,6 +138,8 @@ def _let_log_in(a: Machine, b: Machine) -> None:
         mkdir -m 700 ~/.ssh
         echo {shlex.quote(key)} > ~/.ssh/authorized_keys
         mkdir -p /etc/dropbear
+        # Bash reads it for a command of ssh, too; what it does on this host may take seconds.
+        rm -f ~/.bashrc
         exec dropbear -F -R -E
     """
     b.start(["bash", "-ec", allow], name="sshd")

@@ -31,6 +31,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -55,6 +56,26 @@ _GRACE_S: Final = 5.0
 _TAIL_LINES: Final = 20
 _MOST_PROCESSORS: Final = 1 << 16
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def _wait_for_gid(device: str) -> str:
+    """Bash: the address appears a moment after the device."""
+    gid = f"/sys/class/infiniband/{device}/ports/1/gids/{GID_INDEX}"
+    return f"for i in {{1..200}}; do grep -q ffff {gid} && break; sleep 0.05; done; grep -q ffff {gid}"
+
+
+_LINK_UP: Final = f"ip link set eth0 up\n{_wait_for_gid(DEVICE)}"
+_NO_LOSS: Final = "tc qdisc del dev eth0 root 2>/dev/null || true"
+
+
+def _use_processors(count: int) -> str:
+    """Bash: the first so many are online, and no others."""
+    return f"""
+        for cpu in /sys/devices/system/cpu/cpu[1-9]*; do
+          wanted=$(( ${{cpu##*/cpu}} < {count} ))
+          [ $(cat $cpu/online) = $wanted ] || echo $wanted > $cpu/online
+        done
+    """
 
 
 class MachineError(RuntimeError):
@@ -209,6 +230,7 @@ class Machine:
         self._resets: dict[int, list[str]] = {}
         self._ready = False
         self._gone = False
+        self._warm: Future[None] | None = None
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(control))
         self._listener.listen(1)
@@ -241,6 +263,8 @@ class Machine:
     ) -> Job:
         """Starts a program as root, and waits until that has happened; not until it ends. Several may run at a time.
 
+        If the machine's Python is being warmed, waits for that first.
+
         Args:
             argv: The program and its arguments, e.g. ["bash", "-ec", script] or [PYTHON, "script.py"].
             env: Added to the environment, which is otherwise the same for all jobs, not that of this process.
@@ -250,14 +274,21 @@ class Machine:
 
         Raises:
             MachineError: There is no such program, or the machine has ended.
+            JobError: Its Python could not be warmed.
         """
-        argv = [str(argument) for argument in argv]
+        if self._warm is not None:
+            self._warm.result()
+        return self._start([str(argument) for argument in argv], env=env or {}, cwd=cwd, name=name, stays=stays)
+
+    def _start(
+        self, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, name: str | None = None, stays: bool = False
+    ) -> Job:
         name = name or Path(argv[0]).name
         number = next(self._numbers)
         log = self.folder / f"job-{number}-{re.sub(r'[^a-zA-Z0-9_.-]+', '_', name)}.log"
         job = Job(self, number, name, log, stays=stays)
         self._jobs[number] = job
-        asked = {"argv": argv, "env": self._environment(env or {}), "cwd": str(cwd), "output": str(log), "stays": stays}
+        asked = {"argv": argv, "env": self._environment(env), "cwd": str(cwd), "output": str(log), "stays": stays}
         self._ask(do="start", job=number, **asked)
         told = lambda: job.pid is not None or number in self._refusals  # noqa: E731
         if not self._wait_until(told, 30.0, f"starting {name}"):
@@ -300,21 +331,15 @@ class Machine:
 
     def set_link(self, *, up: bool) -> None:
         """Takes eth0 down or brings it up; when up, waits until the RDMA device has its address again."""
-        self._configure(f"ip link set eth0 {'up' if up else 'down'}" + (f"\n{_wait_for_gid(DEVICE)}" if up else ""))
+        self._configure(_LINK_UP if up else "ip link set eth0 down")
 
     def set_loss(self, percent: float) -> None:
         """Loses that share of the packets which eth0 sends; 0 ends it. 100 is a peer that falls silent."""
-        netem = f"tc qdisc replace dev eth0 root netem loss {percent}%"
-        self._configure(netem if percent else "tc qdisc del dev eth0 root 2>/dev/null || true")
+        self._configure(f"tc qdisc replace dev eth0 root netem loss {percent}%" if percent else _NO_LOSS)
 
-    def use_processors(self, count: int | None) -> None:
-        """Takes all processors but the first `count` offline, or none if that is None."""
-        self._configure(f"""
-            for cpu in /sys/devices/system/cpu/cpu[1-9]*; do
-              wanted=$(( ${{cpu##*/cpu}} < {_MOST_PROCESSORS if count is None else count} ))
-              [ $(cat $cpu/online) = $wanted ] || echo $wanted > $cpu/online
-            done
-        """)
+    def use_processors(self, count: int) -> None:
+        """Takes all processors but the first `count` offline until the machine is reset."""
+        self._configure(_use_processors(count))
 
     def reset(self) -> list[str]:
         """Kills jobs that still run, but those that stay, and what jobs left behind; empties /dev/shm; links it again,
@@ -330,9 +355,7 @@ class Machine:
         self._ask(do="reset", job=number)
         if not self._wait_until(lambda: number in self._resets, 30.0, "killing what jobs left"):
             raise MachineError(f"machine {self.name} has not killed what jobs left within 30 s\n{self._tail()}")
-        self.set_loss(0.0)
-        self.set_link(up=True)
-        self.use_processors(None)
+        self._configure(f"{_NO_LOSS}\n{_LINK_UP}\n{_use_processors(_MOST_PROCESSORS)}")
         return self._resets[number]
 
     def cut_power(self) -> None:
@@ -377,17 +400,23 @@ class Machine:
         """)
 
     def warm_python(self, modules: Sequence[str] = warm_python.OF_ALL) -> None:
-        """Has the `python` of jobs started later share what it imports (see warm_python.py), which takes a minute.
+        """Begins to import what the `python` of all jobs started later is to share (see warm_python.py).
+
+        It takes a minute. These jobs wait for it; if it fails, `start` raises why.
 
         Args:
             modules: What is shared; other imports take their time in each job.
-
-        Raises:
-            JobError, MachineError: It does not come up; `python` is then as it was.
         """
+        pool = ThreadPoolExecutor(1, thread_name_prefix=f"warms {self.name}")
+        self._warm = pool.submit(self._warm_python, modules)
+        pool.shutdown(wait=False)
+
+    def _warm_python(self, modules: Sequence[str]) -> None:
         socket_path, folder = Path("/run/warm-python"), Path(sys.executable).parent
-        job = self.start(
-            [sys.executable, "-m", "lamina_jax.testing.rdma.warm_python", socket_path, *modules],
+        job = self._start(
+            [sys.executable, "-m", "lamina_jax.testing.rdma.warm_python", str(socket_path), *modules],
+            env={},
+            cwd=ROOT,
             name="warm python",
             stays=True,
         )
@@ -395,7 +424,7 @@ class Machine:
         self._configure(warm_python.install(folder, socket_path, cold=folder / "cold-python"))
 
     def _configure(self, script: str) -> None:
-        self.run(["bash", "-ec", script], timeout_s=30.0, cwd=Path("/"), name="network")
+        self._start(["bash", "-ec", script], env={}, cwd=Path("/"), name="network").check(30.0)
 
     def _environment(self, added: Mapping[str, str]) -> dict[str, str]:
         return {
@@ -527,9 +556,14 @@ def machines(
                 _wait_for_socket(wire, machine)
         for machine in started:
             machine.wait_until_ready()
-        for machine in started:
-            machine.set_up_network(linked=count == 2)
+        at_once(lambda machine: machine.set_up_network(linked=count == 2), started)
         yield tuple(started)
+
+
+def at_once[T](do: Callable[[Machine], T], machines: Sequence[Machine]) -> list[T]:
+    """What `do` returns for each machine; done for all of them at the same time. Raises what it raises."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(do, machines))
 
 
 def share_processors(machines: Sequence[Machine]) -> None:
@@ -537,8 +571,8 @@ def share_processors(machines: Sequence[Machine]) -> None:
 
     Until they are reset.
     """
-    for machine in machines:
-        machine.use_processors(max(1, (os.cpu_count() or 1) // len(machines)))
+    each = max(1, (os.cpu_count() or 1) // len(machines))
+    at_once(lambda machine: machine.use_processors(each), machines)
 
 
 def qemu_command(
@@ -571,12 +605,6 @@ def qemu_command(
         *("-device", "virtio-9p-pci,fsdev=folder,mount_tag=folder"),
         *network,
     ]
-
-
-def _wait_for_gid(device: str) -> str:
-    """Bash: the address appears a moment after the device."""
-    gid = f"/sys/class/infiniband/{device}/ports/1/gids/{GID_INDEX}"
-    return f"for i in {{1..200}}; do grep -q ffff {gid} && break; sleep 0.05; done; grep -q ffff {gid}"
 
 
 def _wait_for_socket(path: Path, machine: Machine) -> None:

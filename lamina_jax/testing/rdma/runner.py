@@ -5,13 +5,13 @@ import dataclasses
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import Final
 
 from lamina_jax.testing.rdma.image import Image
-from lamina_jax.testing.rdma.machines import Machine, machines
+from lamina_jax.testing.rdma.machines import Machine, at_once, machines
 from lamina_jax.testing.rdma.report import Row, failed, passed
 from lamina_jax.testing.rdma.warm_python import OF_ALL, OF_ATTENTION_WORKERS
 
@@ -30,7 +30,7 @@ class Check:
         run: Given the machines there are, yields rows; their seconds are filled in. To raise is to fail.
         num_machines: How many it needs at least: 1 or 2.
         limit_s: Seconds after which it is interrupted.
-        prepare: Given the folder that all machines share, does here what would take them long, while they boot.
+        prepare: Given the folder that all machines share, does here what would take them long, once they are booted.
     """
 
     name: str
@@ -89,29 +89,35 @@ class Runner:
         folder = self._folder / f"boot-{self._num_boots}"
         folder.mkdir(parents=True)
         try:
-            with ThreadPoolExecutor() as pool:
-                prepared = pool.submit(lambda checks: [_prepare(check, folder) for check in checks], list(waiting))
-                with machines(count, folder=folder, image=self._image, limit_s=limit_s) as booted:
-                    # Engines and model workers are on the first.
-                    modules = [OF_ALL, *[OF_ATTENTION_WORKERS] * (count - 1)]
-                    list(pool.map(lambda machine, names: machine.warm_python(names), booted, modules))
-                    self._note(passed(name), start)
-                    for row in filter(None, prepared.result()):
-                        self._note(row, start)
+            with (
+                ThreadPoolExecutor(1) as pool,
+                machines(count, folder=folder, image=self._image, limit_s=limit_s) as booted,
+            ):
+                self._note(passed(name), start)
+                # Not before: a machine that boots has more processors at work than this one.
+                prepared = [pool.submit(_prepare, check, folder) for check in waiting]
+                # Engines and model workers are on the first.
+                for machine, modules in zip(booted, (OF_ALL, OF_ATTENTION_WORKERS), strict=False):
+                    machine.warm_python(modules)
+                try:
                     while waiting and all(machine.alive for machine in booted):
-                        self._check(waiting.pop(0), booted)
+                        self._check(waiting.pop(0), prepared.pop(0), booted)
+                finally:
+                    pool.shutdown(wait=False, cancel_futures=True)
         except Exception as error:
             self._note(failed(name, _words(error)), start)
 
-    def _check(self, check: Check, booted: tuple[Machine, ...]) -> None:
+    def _check(self, check: Check, prepared: Future[Row | None], booted: tuple[Machine, ...]) -> None:
         start = time.monotonic()
         limit_s = min(check.limit_s, self._deadline - start)
         if limit_s < min(check.limit_s, _LEAST_S):
             self._note(failed(check.name, f"not begun: the {self._limit_s:.0f} s of all checks were up"), start)
             return
-        num_rows = len(self.rows)
         try:
             with _time_limit(limit_s):
+                if (row := prepared.result()) is not None:
+                    self._note(row, start)
+                num_rows = len(self.rows)
                 for row in check.run(booted):
                     self._note(row, start)
                     start = time.monotonic()
@@ -122,8 +128,9 @@ class Runner:
         except Exception as error:
             self._note(failed(check.name, _words(error)), start)
         start = time.monotonic()
-        for machine in booted:
-            if machine.alive and (left := machine.reset()):
+        alive = [machine for machine in booted if machine.alive]
+        for machine, left in zip(alive, at_once(Machine.reset, alive), strict=True):
+            if left:
                 self._note(failed(check.name, f"left behind on machine {machine.name}: {', '.join(left)}"), start)
 
     def _note(self, row: Row, start: float) -> None:

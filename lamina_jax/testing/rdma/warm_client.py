@@ -65,6 +65,7 @@ def process_state() -> dict[str, object]:
         "cwd": os.getcwd(),
         "env": dict(os.environ),
         "umask": umask,
+        "processors": sorted(os.sched_getaffinity(0)),
         "limits": {number: resource.getrlimit(number) for number in limits},
         "ignored": [int(s) for s in signal.valid_signals() if signal.getsignal(s) is signal.SIG_IGN],
         "rights": rights,

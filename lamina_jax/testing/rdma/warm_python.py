@@ -4,9 +4,10 @@
 
 In a machine `import jax` takes 20 s, and a dozen programs are started. This one imports modules once, and forks for
 each program that `warm_client.py`, installed as `python`, asks for. A program so started is a process of its own, with
-the arguments, environment, file descriptors, limits and signals of the one that asked, a session of its own, and all of
-Python's ways to end; it shares only what was imported. It lives as long as who asked: the client passes signals on,
-ends with its status, and takes it along when killed. A client with fewer rights than this process starts its own.
+the arguments, environment, file descriptors, processors, limits and signals of the one that asked, a session of its
+own, and all of Python's ways to end; it shares only what was imported. It lives as long as who asked: the client passes
+signals on, ends with its status, and takes it along when killed. A client with fewer rights than this process starts
+its own.
 """
 
 import ast
@@ -27,7 +28,7 @@ import threading
 import traceback
 import types
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -60,6 +61,7 @@ class _Request:
     cwd: str
     env: dict[str, str]
     umask: int
+    processors: list[int]
     limits: dict[int, tuple[int, int]]
     ignored: list[int]
     rights: list[str]
@@ -88,24 +90,16 @@ END-OF-CLIENT
 
 
 def import_all(modules: Sequence[str]) -> None:
-    """Imports modules by their names."""
+    """Imports modules by their names, and stays on one processor: where two machines import at the same time, moving to
+    and fro took one of them as long again as the work.
+    """
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     # Hardly anything is garbage, and to look for it is a sixth of the work.
     gc.disable()
-    with _one_processor():
-        for module in modules:
-            importlib.import_module(module)
+    for module in modules:
+        importlib.import_module(module)
     gc.enable()
     programs.share_programs()
-
-
-@contextlib.contextmanager
-def _one_processor() -> Iterator[None]:
-    """Keeps this thread on one processor: where two machines import at the same time, moving it to and fro took one of
-    them as long again as the work."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(before)})
-    yield
-    os.sched_setaffinity(0, before)
 
 
 def serve(path: str) -> _Request:
@@ -210,6 +204,7 @@ def _become(request: _Request, fds: list[int]) -> None:
         os.close(fd)
     os.chdir(request.cwd)
     os.umask(request.umask)
+    os.sched_setaffinity(0, request.processors)
     os.environ.clear()
     os.environ.update(request.env)
     for number, limits in request.limits.items():
