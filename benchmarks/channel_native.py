@@ -47,6 +47,7 @@ _LARGE = 1 << 20
 # A reader gives slots back by a message of its own, once for three quarters of a ring; perftest has none to give back.
 _SMALL_SLOTS = 32
 _TIMEOUT_S = 60.0
+_THERE = "the process at the other end of the channels"
 
 
 def _programs(sizes: list[int]) -> list[int]:
@@ -147,22 +148,31 @@ class _Peer:
         theirs.close()
 
     def tell(self, what: Any) -> None:
-        self._connection.send(what)
+        """Raises ConnectionError if it has ended."""
+        try:
+            self._connection.send(what)
+        except OSError as error:
+            raise self._lost() from error
 
     def hear(self) -> Any:
         """What it says next. Raises ConnectionError if it does not within `_TIMEOUT_S`, or has ended."""
         try:
             if self._connection.poll(_TIMEOUT_S):
                 return self._connection.recv()
-            state = f"has said nothing for {_TIMEOUT_S:.0f} s"
-        except EOFError:
-            self._process.join(_TIMEOUT_S)
-            state = f"has ended with status {self._process.exitcode}"
-        raise ConnectionError(f"the process at the other end of the channels {state}")
+        except (EOFError, OSError) as error:
+            raise self._lost() from error
+        raise ConnectionError(f"{_THERE} has said nothing for {_TIMEOUT_S:.0f} s")
 
     def end(self) -> None:
+        """Raises ConnectionError if it does not end well within `_TIMEOUT_S`."""
         self.tell("done")
         self._process.join(_TIMEOUT_S)
+        if self._process.exitcode != 0:
+            raise self._lost()
+
+    def _lost(self) -> ConnectionError:
+        self._process.join(_TIMEOUT_S)
+        return ConnectionError(f"{_THERE} has ended with status {self._process.exitcode}")
 
 
 def _jitted(tx: Channel, rx: Channel, size: int, peer: _Peer) -> float:

@@ -4,7 +4,7 @@ python scripts/rdma_test.py [--only=perftest] [--keep_logs]
 
 Needs QEMU and a few more Debian packages, which root has installed here, and a kernel, which is unpacked into .rdma/ of
 the checkout. pyverbs must be importable: `make rdma`. Boots two machines that are linked, or one if that is enough for
-what is asked for, runs in them what lamina_jax/testing/rdma/checks.py lists, and prints one table. While they boot,
+what is asked for, runs in them what lamina_jax/testing/rdma/checks.py lists, and prints one table. Once they are up,
 what they will run is compiled here (`Check.prepare`), as their processors are 20 times slower. The status is 1 if a
 check failed. Every check has its time, and so have all together; the machines are powered off however this ends.
 

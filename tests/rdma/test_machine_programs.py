@@ -48,3 +48,8 @@ def test_a_program_that_fails_says_so(tmp_path):
             cwd=tmp_path,
             timeout_s=60.0,
         )
+
+
+def test_a_program_that_may_fail_says_what_it_has_written(tmp_path):
+    command = [sys.executable, "-c", "print('before the end'); raise SystemExit(3)"]
+    assert run_here(command, folder=tmp_path, cwd=tmp_path, timeout_s=60.0, may_fail=True) == "before the end\n"

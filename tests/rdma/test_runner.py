@@ -8,11 +8,13 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lamina_jax.testing.rdma import runner
 from lamina_jax.testing.rdma.image import Image
 from lamina_jax.testing.rdma.machines import MachineError
+from lamina_jax.testing.rdma.programs import run_here
 from lamina_jax.testing.rdma.report import Row, failed, judged, passed, summary, table
 from lamina_jax.testing.rdma.runner import Check, Runner
 
@@ -134,10 +136,27 @@ def test_time_that_is_up_while_a_check_is_prepared(boots, tmp_path):
         yield passed("ends")
 
     slow = dataclasses.replace(check(good, limit_s=1.0), prepare=prepare)
+    start = time.monotonic()
     rows = run([slow, check(ends)], tmp_path)
     assert [(row.name, row.outcome) for row in rows[1:]] == [("good", "FAILED"), ("ends", "passed")]
     assert rows[1].detail == "its time was up after 1 s"
     assert len(boots) == 1
+    assert time.monotonic() - start < 30.0
+
+
+@pytest.mark.usefixtures("boots")
+def test_what_prepares_a_check_ends_with_all_others(tmp_path):
+    command = [sys.executable, "-c", "import time; time.sleep(1000)"]
+
+    def prepare(folder):
+        run_here(command, folder=folder, cwd=folder, timeout_s=900.0)
+
+    slow = dataclasses.replace(check(good, limit_s=1.0), prepare=prepare)
+    start = time.monotonic()
+    rows = run([slow, dataclasses.replace(check(interrupted), limit_s=1.0, prepare=prepare)], tmp_path)
+    assert [row.detail for row in rows[1:]] == ["its time was up after 1 s"] * 2
+    assert time.monotonic() - start < 30.0
+    assert not any(child.cmdline() == command for child in psutil.Process().children(recursive=True))
 
 
 def test_neither_a_failure_nor_a_hang_hides_the_checks_behind_it(boots, tmp_path):

@@ -1,6 +1,7 @@
 """Checks of channels over RDMA: beside perftest on the same device, and what they do when something breaks."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -17,6 +18,9 @@ from lamina_jax.testing.rdma.report import Row, failed, judged, passed
 _LATENCY_NBYTES: Final = (2, 2048, 32768)
 BANDWIDTH_NBYTES: Final = 1 << 20
 _CHANNELS_LIMIT_S: Final = 400.0
+KILL_SEEDS: Final = int(os.environ.get("LAMINA_KILL_SEEDS", "1"))
+"""How many seeds choose when peers and workers are killed."""
+_SEED_LIMIT_S: Final = 80.0
 
 _CONFORMANCE: Final = "tests/transport/test_channel.py"
 _FAULTS: Final = "tests/transport/test_verbs.py"
@@ -26,7 +30,8 @@ _CONFORMANCE_TESTS: Final = (
     "test_full_ring_is_a_deadline_error",
     "test_peer_ends_our_wait",
 )
-"""Not all, as JAX is 20 times slower in a machine, and none that starts a process of its own."""
+"""Not all, as JAX is 20 times slower in a machine, and none that starts a process of its own. `make test` runs all over
+the kinds that need no RDMA device."""
 _PYTEST: Final = (
     *(sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers"),
     *("-p", "pytest_timeout", "--durations=12", "-k"),
@@ -44,7 +49,8 @@ _ROUNDS: Final = 2000
 """Of a turn. The speed of the host changes by a factor of two within tens of milliseconds, so few tell nothing."""
 _SPIN_US: Final = 10000
 """Longer than a wait lasts here: perftest never sleeps either."""
-_KINDS: Final = ("shm", "tcp", "verbs")
+_KINDS_HERE: Final = ("shm", "tcp")
+"""They work without an RDMA device, so are tested on this host, which is faster."""
 _ON_LOOPBACK: Final = {"LAMINA_RDMA_DEVICE": LOOPBACK_DEVICE}
 
 
@@ -86,30 +92,44 @@ def _spread(figures: list[float]) -> str:
 
 
 def prepare_channels(folder: Path) -> None:
-    """Runs the conformance tests here, but not over RDMA, which compiles what they run; only reads the others."""
-    chosen = f"(shm or tcp) and ({' or '.join(_CONFORMANCE_TESTS)})"
-    run_here([*_PYTEST, chosen, _CONFORMANCE, _FAULTS], env=_NO_PLUGINS, folder=folder, cwd=ROOT, timeout_s=300.0)
+    """Runs the conformance tests of the kinds that need no RDMA; reads the others, which compiles them to bytecode."""
+    _conformance_here(folder)
 
 
 def start_channels(machine: Machine) -> Job:
-    """Starts the conformance tests of each kind of channel, and the tests of what may break in those over RDMA."""
-    chosen = f"test_verbs or ({' or '.join(_KINDS)}) and ({' or '.join(_CONFORMANCE_TESTS)})"
-    more = {name: os.environ[name] for name in ("LAMINA_KILL_SEEDS",) if name in os.environ}
-    env = _ON_LOOPBACK | _NO_PLUGINS | more
+    """Starts the conformance tests of channels over RDMA, and the tests of what may break in those."""
+    chosen = f"test_verbs or verbs and ({' or '.join(_CONFORMANCE_TESTS)})"
+    env = _ON_LOOPBACK | _NO_PLUGINS | {"LAMINA_KILL_SEEDS": str(KILL_SEEDS)}
     return machine.start([*_PYTEST, chosen, _CONFORMANCE, _FAULTS], env=env, name="channels")
+
+
+def channels_here(folder: Path) -> Iterator[Row]:
+    """What the conformance tests of the kinds that need no RDMA find on this host."""
+    output = _conformance_here(folder)
+    yield from (_conformance(kind, output, "on this host") for kind in _KINDS_HERE)
 
 
 def channels(job: Job) -> Iterator[Row]:
     """What the tests that `start_channels` has started find."""
     with contextlib.suppress(JobError):  # killed when its time is up: what it found until then counts
-        job.wait(timeout_s=_CHANNELS_LIMIT_S)
-    for kind in _KINDS:
-        outcomes = re.findall(rf"^\S+test_channel\S+::(\w+)\[\S*\b{kind}\b\S*\] (\w+)", job.output, re.MULTILINE)
-        wrong = [test for test, outcome in outcomes if outcome != "PASSED"]
-        detail = f"{len(outcomes) - len(wrong)} of {len(outcomes)} tests passed; {', '.join(wrong)}".rstrip("; ")
-        yield judged(f"conformance of {kind}", bool(outcomes) and not wrong, detail)
+        job.wait(timeout_s=_CHANNELS_LIMIT_S + _SEED_LIMIT_S * KILL_SEEDS)
+    yield _conformance("verbs", job.output, "in a machine")
     for test, outcome in re.findall(r"^\S+test_verbs\S+::test_(\S+) (PASSED|FAILED|ERROR)", job.output, re.MULTILINE):
         yield judged(f"verbs: {test.replace('_', ' ')}", outcome == "PASSED", "")
     if job.status != 0:
         last = job.output.strip().rpartition("\n")[2]
         yield failed(job.name, f"pytest ended with status {job.status} after {job.seconds:.0f} s: {last}")
+
+
+@functools.cache
+def _conformance_here(folder: Path) -> str:
+    chosen = f"({' or '.join(_KINDS_HERE)}) and ({' or '.join(_CONFORMANCE_TESTS)})"
+    command = [*_PYTEST, chosen, _CONFORMANCE, _FAULTS]
+    return run_here(command, env=_NO_PLUGINS, folder=folder, cwd=ROOT, timeout_s=300.0, may_fail=True)
+
+
+def _conformance(kind: str, output: str, where: str) -> Row:
+    outcomes = re.findall(rf"^\S+test_channel\S+::(\w+)\[\S*\b{kind}\b\S*\] (\w+)", output, re.MULTILINE)
+    wrong = [test for test, outcome in outcomes if outcome != "PASSED"]
+    detail = f"{len(outcomes) - len(wrong)} of {len(outcomes)} tests passed; {', '.join(wrong)}".rstrip("; ")
+    return judged(f"conformance of {kind}, {where}", bool(outcomes) and not wrong, detail)

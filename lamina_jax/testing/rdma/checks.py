@@ -8,14 +8,16 @@ from typing import Final
 
 from lamina_jax.testing.rdma.channel_checks import (
     BANDWIDTH_NBYTES,
+    KILL_SEEDS,
     beside_perftest,
     channels,
+    channels_here,
     prepare_beside_perftest,
     prepare_channels,
     start_channels,
 )
 from lamina_jax.testing.rdma.cluster_checks import prepare_tokens, prepare_two_hosts, tokens_on_one_machine, two_hosts
-from lamina_jax.testing.rdma.machines import DEVICE, GID_INDEX, LOOPBACK_DEVICE, JobError, Machine, share_processors
+from lamina_jax.testing.rdma.machines import DEVICE, GID_INDEX, LOOPBACK_DEVICE, Machine, share_processors
 from lamina_jax.testing.rdma.perftest import write_bandwidth, write_latency
 from lamina_jax.testing.rdma.report import Row, failed, judged, passed
 from lamina_jax.testing.rdma.runner import Check
@@ -40,7 +42,7 @@ for found in d.get_device_list():
 
 
 def prepare_channels_and_tokens(folder: Path) -> None:
-    """Compiles what they run."""
+    """Compiles what they run; what needs no machine is run."""
     prepare_tokens(folder)
     prepare_channels(folder)
 
@@ -50,11 +52,17 @@ def channels_and_tokens(machines: tuple[Machine, ...]) -> Iterator[Row]:
     share_processors(machines)
     a, *others = machines
     job = start_channels(others[0]) if others else None
-    try:
-        yield from tokens_on_one_machine(a)
-    except JobError as error:
-        yield failed("tokens over verbs, one machine", str(error))
+    yield from _or_failed("tokens over verbs, one machine", tokens_on_one_machine(a))
     yield from channels(job or start_channels(a))
+    yield from channels_here(a.folder.parent)
+
+
+def _or_failed(name: str, rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows; if there are no more because of an error, that."""
+    try:
+        yield from rows
+    except Exception as error:
+        yield failed(name, f"{type(error).__name__}: {error}")
 
 
 def perftest_link(machines: tuple[Machine, ...]) -> Iterator[Row]:
@@ -89,7 +97,7 @@ CHECKS: Final = (
         name="channels and tokens",
         run=channels_and_tokens,
         num_machines=1,
-        limit_s=700,
+        limit_s=700 + 80 * KILL_SEEDS,
         prepare=prepare_channels_and_tokens,
     ),
     Check(name="devices", run=devices, num_machines=1, limit_s=90),
@@ -102,5 +110,11 @@ CHECKS: Final = (
     ),
     Check(name="two perftest", run=perftest_link, num_machines=2, limit_s=120),
     Check(name="two with loss", run=packet_loss, num_machines=2, limit_s=60),
-    Check(name="two by docs/deploy.md", run=two_hosts, num_machines=2, limit_s=1200, prepare=prepare_two_hosts),
+    Check(
+        name="two by docs/deploy.md",
+        run=two_hosts,
+        num_machines=2,
+        limit_s=1000 + 120 * KILL_SEEDS,
+        prepare=prepare_two_hosts,
+    ),
 )

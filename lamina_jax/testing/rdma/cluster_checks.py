@@ -2,15 +2,15 @@
 
 import contextlib
 import functools
-import os
 import random
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from lamina_jax.testing.rdma.channel_checks import KILL_SEEDS
 from lamina_jax.testing.rdma.deploy import (
     CLUSTER,
     MODEL,
@@ -20,7 +20,6 @@ from lamina_jax.testing.rdma.deploy import (
     prepare_deploy,
     start_worker,
     tiny_model,
-    wait_for_session,
 )
 from lamina_jax.testing.rdma.machines import LOOPBACK_DEVICE, ROOT, Job, Machine, at_once
 from lamina_jax.testing.rdma.programs import run_here
@@ -28,8 +27,9 @@ from lamina_jax.testing.rdma.report import Row, judged
 
 _START_S: Final = 300.0
 _CALL_S: Final = 120.0
-_CONNECTS_S: Final = 10.0
-"""About how long a session of theirs takes to open, in these machines."""
+_BACK_S: Final = 20.0
+"""About how long a worker takes in these machines from its start to its first step."""
+_GIVEN_BACK_S: Final = 30.0
 _LOSS_PERCENT: Final = 1.0
 
 _TOKENS = """
@@ -75,15 +75,17 @@ def prepare_two_hosts(folder: Path) -> None:
 
 def two_hosts(machines: tuple[Machine, ...]) -> Iterator[Row]:
     """The cluster of docs/deploy.md, set up as it says; before it is stopped, what breaks it. Nothing is left of it."""
-    before = _resources(machines)
-    yield from deploy(machines, before_stop=functools.partial(_cluster_that_breaks, before))
-    after = _resources(machines)
-    yield judged("no queue or registered memory is left", after == before, f"{after}, before {before}")
+    domains, resources = _resources(machines, "pd"), _resources(machines)
+    yield from deploy(machines, before_stop=functools.partial(_cluster_that_breaks, resources))
+    left, before = [_resources(machines, "pd"), _resources(machines)], [domains, resources]
+    yield judged("no queue or registered memory is left", left == before, f"{left}, before {before}")
 
 
-def _cluster_that_breaks(resources: list[str], machines: tuple[Machine, ...]) -> Iterator[Row]:
-    """RDMA between two machines: packets lost, workers killed, the link down; the engine stays all the while, but for
-    the last part, over TCP: workers whose peers were killed then hold no more than the `resources` of before.
+def _cluster_that_breaks(resources: Sequence[str], machines: tuple[Machine, ...]) -> Iterator[Row]:
+    """RDMA between two machines: packets lost, workers killed, the link down; the engine stays all the while.
+
+    Args:
+        resources: What `_resources` says if no worker runs.
     """
     a = machines[0]
     expected = _expected(a.folder.parent)
@@ -96,11 +98,12 @@ def _cluster_that_breaks(resources: list[str], machines: tuple[Machine, ...]) ->
     with _losing_packets(machines):
         yield calls.next_are_exact(f"tokens with {_LOSS_PERCENT:.0f} % of packets lost")
 
-    for seed in range(int(os.environ.get("LAMINA_KILL_SEEDS", "1"))):
-        yield from _workers_killed(machines, calls, seed)
+    for seed in range(KILL_SEEDS):
+        yield from _workers_killed(machines, calls, seed, resources)
 
+    finished = calls.finished
     a.set_link(up=False)
-    yield calls.next_fails("link down", r"on b")
+    yield calls.fails("link down", r"on b", after=finished)
     a.set_link(up=True)
     yield calls.next_are_exact("tokens once the link is up", within_s=_START_S, skip=0)
     engine.kill()
@@ -108,29 +111,49 @@ def _cluster_that_breaks(resources: list[str], machines: tuple[Machine, ...]) ->
     engine = _start_engine(a, _cluster_over_tcp(a))
     calls = _Calls(engine, expected)
     yield calls.next_are_exact("tokens over tcp, two machines", within_s=_START_S)
-    held = _resources(machines)
-    yield judged("workers have given back queues and memory", held == resources, f"{held}, before {resources}")
     with _losing_packets(machines):
         yield calls.next_are_exact(f"tokens over tcp with {_LOSS_PERCENT:.0f} % of packets lost")
     engine.kill()
 
 
-def _workers_killed(machines: tuple[Machine, ...], calls: "_Calls", seed: int) -> Iterator[Row]:
-    """One is killed in the middle of a step, and another while the next session is opened: at a moment of its own for
-    each seed, from the first message of that session to the first step.
+def _workers_killed(
+    machines: tuple[Machine, ...], calls: "_Calls", seed: int, resources: Sequence[str]
+) -> Iterator[Row]:
+    """One is killed in the middle of a step, and another when that one has been started again: while this waits for it,
+    opens a session or runs a step, at a moment of its own for each seed. The others give back what they held.
     """
     a, b = machines
-    first, second = ("attention worker 0", b), (("model worker", a), ("attention worker 1", b))[seed % 2]
-    kill_worker(b, first[0])
-    yield calls.next_fails(f"{first[0]} killed", rf"{first[0]} at \S+ on b")
-    start_worker(b, first[0])
-    wait_for_session(b, first[0], _START_S)
-    delay_s = random.Random(seed).uniform(0.0, _CONNECTS_S)
+    finished = calls.finished
+    kill_worker(b, "attention worker 0")
+    yield calls.fails("attention worker 0 killed", _is_lost("attention worker 0", b), after=finished)
+    yield _given_back(machines, "attention worker 0", resources)
+
+    victim, host = (("model worker", a), ("attention worker 1", b))[seed % 2]
+    delay_s = random.Random(seed).uniform(0.0, _BACK_S)
+    start_worker(b, "attention worker 0")
     time.sleep(delay_s)
-    kill_worker(second[1], second[0])
-    yield calls.next_fails(f"{second[0]} killed {delay_s:.1f} s into the next session", rf"{second[0]} at \S+")
-    start_worker(second[1], second[0])
+    finished = calls.finished
+    kill_worker(host, victim)
+    yield _given_back(machines, victim, resources)
+    start_worker(host, victim)
     yield calls.next_are_exact("tokens once both are back", within_s=_START_S, skip=0)
+    # None if it had no session yet: then it is waited for.
+    errors = calls.errors(after=finished)
+    named = all(re.search(_is_lost(victim, host), error) for error in errors)
+    yield judged(f"{victim} killed {delay_s:.1f} s after that", named, "; ".join(errors))
+
+
+def _is_lost(worker: str, host: Machine) -> str:
+    """A regular expression of what an error says if a worker itself has gone, and not one that it waited for."""
+    return rf"{worker}(?: at \S+,)? on {host.name} \(pid [^)]*\)(?:: the connection is lost| failed: )"
+
+
+def _given_back(machines: tuple[Machine, ...], killed: str, resources: Sequence[str]) -> Row:
+    """Whether the kernels soon hold no queue and no registered memory of the session any more."""
+    deadline = time.monotonic() + _GIVEN_BACK_S
+    while (held := _resources(machines)) != resources and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return judged(f"given back when {killed} was killed", held == resources, f"{held}, before {resources}")
 
 
 @contextlib.contextmanager
@@ -152,21 +175,29 @@ class _Calls:
     def next_are_exact(self, name: str, within_s: float = _CALL_S, *, skip: int = 1) -> Row:
         """Waits for a call that returns tokens and began after now, or with `skip` 0 is under way."""
         start = time.monotonic()
-        got = self._after_the_next(r"tokens (.*)", within_s, skip)
+        got = self._await(r"tokens (.*)", within_s, self.finished + 1 + (skip if self.finished else 0))
         seconds = time.monotonic() - start
         return judged(name, got == self._expected, f"within {seconds:.1f} s" if got == self._expected else got)
 
-    def next_fails(self, name: str, words: str) -> Row:
-        """Waits for a call that ended with an error."""
+    def fails(self, name: str, words: str, *, after: int) -> Row:
+        """Waits for a call that ended with an error; not one of the first so many."""
         start = time.monotonic()
-        got = self._after_the_next(r"error: (.*)", _CALL_S, 0)
+        got = self._await(r"error: (.*)", _CALL_S, after + 1)
         return judged(name, re.search(words, got) is not None, f"after {time.monotonic() - start:.1f} s: {got}")
 
-    def _after_the_next(self, pattern: str, within_s: float, skip: int) -> str:
-        """What a call later than the one under way has said; with `skip` 0 that one may say it."""
-        done = len(re.findall(r"^call \d+:", self._engine.output, re.MULTILINE))
+    @property
+    def finished(self) -> int:
+        """How many have ended."""
+        return len(re.findall(r"^call \d+:", self._engine.output, re.MULTILINE))
+
+    def errors(self, *, after: int) -> list[str]:
+        """What calls have ended with, but for the first so many."""
+        said = re.findall(r"^call (\d+): error: (.*)", self._engine.output, re.MULTILINE)
+        return [words for number, words in said if int(number) > after]
+
+    def _await(self, pattern: str, within_s: float, number: int) -> str:
+        """What call `number` or a later one has said."""
         deadline = time.monotonic() + within_s
-        number = done + 1 + (skip if done else 0)
         while True:
             found = self._engine.wait_for(rf"^call {number}: ((?:tokens|error).*)", deadline - time.monotonic())
             if match := re.fullmatch(pattern, found[1]):
@@ -174,13 +205,14 @@ class _Calls:
             number += 1
 
 
-def _resources(machines: tuple[Machine, ...]) -> list[str]:
-    """How many queues and memory regions the kernel of each holds for RDMA, of all processes together."""
+def _resources(machines: tuple[Machine, ...], kinds: str = "cq|qp|mr") -> list[str]:
+    """How many queues and memory regions the kernel of each holds for RDMA, of all processes together.
+
+    A process has a protection domain, "pd", as long as it lives.
+    """
     show = lambda machine: machine.run(["rdma", "resource", "show"], timeout_s=20, name="resources")  # noqa: E731
-    return [
-        ", ".join(f"{kind} {n}" for kind, n in re.findall(r"\b(pd|cq|qp|mr) (\d+)", shown))
-        for shown in at_once(show, machines)
-    ]
+    shown = at_once(show, machines)
+    return [", ".join(f"{kind} {n}" for kind, n in re.findall(rf"\b({kinds}) (\d+)", each)) for each in shown]
 
 
 def _start_engine(machine: Machine, cluster: Path) -> Job:

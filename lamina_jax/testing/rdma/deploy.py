@@ -85,13 +85,6 @@ def kill_worker(machine: Machine, worker: str) -> None:
     machine.run(_bash(f"kill -KILL $(cat {worker.replace(' ', '_')}.pid)"), timeout_s=30.0)
 
 
-def wait_for_session(machine: Machine, worker: str, timeout_s: float) -> None:
-    """Waits until one of `WORKERS` has a session. Raises JobError if it does not in time."""
-    log = f"{worker.replace(' ', '_')}.log"
-    wait = f"until grep -q 'session with' {log}; do sleep 0.1; done"
-    machine.run(_bash(wait), timeout_s=timeout_s, name=f"wait for a session of {worker}")
-
-
 def log_of_model_worker(machine: Machine) -> str:
     """What it has written."""
     return machine.run(["cat", "model_worker.log"], timeout_s=30.0)

@@ -421,7 +421,9 @@ class Machine:
             stays=True,
         )
         job.wait_for("^ready", timeout_s=_WARM_LIMIT_S)
-        self._configure(warm_python.install(folder, socket_path, cold=folder / "cold-python"))
+        # Half an installation would be left if a reset killed it.
+        install = ["bash", "-ec", warm_python.install(folder, socket_path, cold=folder / "cold-python")]
+        self._start(install, env={}, cwd=Path("/"), name="install warm python", stays=True).check(30.0)
 
     def _configure(self, script: str) -> None:
         self._start(["bash", "-ec", script], env={}, cwd=Path("/"), name="network").check(30.0)
@@ -562,8 +564,12 @@ def machines(
 
 def at_once[T](do: Callable[[Machine], T], machines: Sequence[Machine]) -> list[T]:
     """What `do` returns for each machine; done for all of them at the same time. Raises what it raises."""
-    with ThreadPoolExecutor() as pool:
+    pool = ThreadPoolExecutor()
+    try:
         return list(pool.map(do, machines))
+    finally:
+        # An interruption must not wait for them: they end when their machine does.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def share_processors(machines: Sequence[Machine]) -> None:

@@ -39,9 +39,15 @@ def share_programs() -> None:
 
 
 def run_here(
-    argv: Sequence[str | Path], *, folder: Path, cwd: Path, timeout_s: float, env: Mapping[str, str] | None = None
+    argv: Sequence[str | Path],
+    *,
+    folder: Path,
+    cwd: Path,
+    timeout_s: float,
+    env: Mapping[str, str] | None = None,
+    may_fail: bool = False,
 ) -> str:
-    """Runs a Python program, here, as machines will run it, so that they find compiled what it compiles.
+    """Runs a program, here, as machines will run it, so that they find compiled what its Pythons compile.
 
     Args:
         argv: The program and its arguments.
@@ -49,6 +55,7 @@ def run_here(
         cwd: Where it starts.
         timeout_s: Seconds that it may take.
         env: Added to its environment.
+        may_fail: Its status does not matter.
 
     Returns:
         What it wrote to stdout.
@@ -62,6 +69,6 @@ def run_here(
         Path(site, "sitecustomize.py").write_text(f"from {__name__} import share_programs\n\nshare_programs()\n")
         env = {**os.environ, **cache_settings(folder), "PYTHONPATH": site, **(env or {})}
         run = subprocess.run(argv, env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout_s)
-    if run.returncode != 0:
+    if run.returncode != 0 and not may_fail:
         raise RuntimeError(f"{argv[0]} ended with status {run.returncode}\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
     return run.stdout

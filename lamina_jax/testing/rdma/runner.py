@@ -4,11 +4,13 @@ import contextlib
 import dataclasses
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import Final
+
+import psutil
 
 from lamina_jax.testing.rdma.image import Image
 from lamina_jax.testing.rdma.machines import Machine, at_once, machines
@@ -89,25 +91,24 @@ class Runner:
         folder = self._folder / f"boot-{self._num_boots}"
         folder.mkdir(parents=True)
         try:
-            with (
-                ThreadPoolExecutor(1) as pool,
-                machines(count, folder=folder, image=self._image, limit_s=limit_s) as booted,
-            ):
+            with contextlib.ExitStack() as stack:
+                pool = stack.enter_context(ThreadPoolExecutor(1))
+                # By then the machines are closed, and what else this process has started since prepares a check.
+                stack.callback(_kill_children, {*psutil.Process().children(recursive=True)})
+                stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+                booted = stack.enter_context(machines(count, folder=folder, image=self._image, limit_s=limit_s))
                 self._note(passed(name), start)
                 # Not before: a machine that boots has more processors at work than this one.
-                prepared = [pool.submit(_prepare, check, folder) for check in waiting]
+                prepared = [pool.submit(_prepare, check, folder) if check.prepare else None for check in waiting]
                 # Engines and model workers are on the first.
                 for machine, modules in zip(booted, (OF_ALL, OF_ATTENTION_WORKERS), strict=False):
                     machine.warm_python(modules)
-                try:
-                    while waiting and all(machine.alive for machine in booted):
-                        self._check(waiting.pop(0), prepared.pop(0), booted)
-                finally:
-                    pool.shutdown(wait=False, cancel_futures=True)
+                while waiting and all(machine.alive for machine in booted):
+                    self._check(waiting.pop(0), prepared.pop(0), booted)
         except Exception as error:
             self._note(failed(name, _words(error)), start)
 
-    def _check(self, check: Check, prepared: Future[Row | None], booted: tuple[Machine, ...]) -> None:
+    def _check(self, check: Check, prepared: Future[Row | None] | None, booted: tuple[Machine, ...]) -> None:
         start = time.monotonic()
         limit_s = min(check.limit_s, self._deadline - start)
         if limit_s < min(check.limit_s, _LEAST_S):
@@ -115,7 +116,7 @@ class Runner:
             return
         try:
             with _time_limit(limit_s):
-                if (row := prepared.result()) is not None:
+                if prepared is not None and (row := prepared.result()) is not None:
                     self._note(row, start)
                 num_rows = len(self.rows)
                 for row in check.run(booted):
@@ -146,6 +147,12 @@ def _prepare(check: Check, folder: Path) -> Row | None:
     except Exception as error:
         return failed(f"{check.name}, prepared here", _words(error))
     return None
+
+
+def _kill_children(but: Set[psutil.Process]) -> None:
+    for child in {*psutil.Process().children(recursive=True)} - but:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 @contextlib.contextmanager
