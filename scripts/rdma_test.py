@@ -1,12 +1,14 @@
 """Checks RDMA for real, without a network card: in virtual machines with Soft-RoCE devices.
 
-python scripts/rdma_test.py [--only=perftest] [--keep_logs]
+[LAMINA_KILL_SEEDS=5] [LAMINA_CONFORMANCE=all] python scripts/rdma_test.py [--only=perftest] [--keep_logs]
 
 Needs QEMU and a few more Debian packages, which root has installed here, and a kernel, which is unpacked into .rdma/ of
 the checkout. pyverbs must be importable: `make rdma`. Boots two machines that are linked, or one if that is enough for
 what is asked for, runs in them what lamina_jax/testing/rdma/checks.py lists, and prints one table. Once they are up,
 what they will run is compiled here (`Check.prepare`), as their processors are 20 times slower. The status is 1 if a
 check failed. Every check has its time, and so have all together; the machines are powered off however this ends.
+Peers and workers are killed at moments that a seed chooses, or as many seeds as LAMINA_KILL_SEEDS says. Over RDMA four
+of the conformance tests are run, which must fit into ten minutes; with LAMINA_CONFORMANCE=all it is all of them.
 
 To add a check, write a function in a module of lamina_jax/testing/rdma and put a line into the list `CHECKS`:
 

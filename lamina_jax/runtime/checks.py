@@ -30,6 +30,7 @@ _REACH_TIMEOUT_S: Final = 3.0
 _LEAST_LOCKED: Final = 64 << 20
 _LEAST_SHM: Final = 64 << 20
 _LEAST_MEMORY: Final = 1 << 30
+_LARGEST_MTU: Final = 4096
 _CAP_IPC_LOCK: Final = 14
 _PACKAGES: Final = ("lamina_jax", "jax", "jaxlib", "pyzmq", "pyverbs")
 
@@ -149,9 +150,21 @@ def check_rdma(transport: str) -> list[Check]:
         Check(
             name=name, result="ok", detail=f"{port.nic}, port {port.port} is active, its GID has index {port.gid_index}"
         ),
-        Check(name="MTU", result="ok", detail=f"{_active_mtu(port)} bytes a packet; should be as large on every host"),
+        check_mtu(_active_mtu(port)),
         check_memory_lock(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], privileged=_may_lock_memory()),
     ]
+
+
+def check_mtu(active: int) -> Check:
+    """Whether RDMA's packets are as large as they get, in bytes."""
+    if active >= _LARGEST_MTU:
+        return Check(name="MTU", result="ok", detail=f"{active} bytes a packet; should be as large on every host")
+    return Check(
+        name="MTU",
+        result="note",
+        detail=f"{active} bytes a packet; {_LARGEST_MTU} need an MTU of {_LARGEST_MTU + 104} or more of an Ethernet "
+        "device (`ip link set DEVICE mtu 4200`) and its switches, as on every host",
+    )
 
 
 def check_memory_lock(limit: int, *, privileged: bool) -> Check:
@@ -189,7 +202,9 @@ def check_shared_memory(path: str = "/dev/shm") -> Check:
 
 def check_memory(available: int) -> Check:
     """What memory there is for weights or KV cache, in bytes."""
-    return Check(name="free memory", result="ok", detail=_mib(available))
+    if available >= _LEAST_MEMORY:
+        return Check(name="free memory", result="ok", detail=_mib(available))
+    return Check(name="free memory", result="note", detail=f"{_mib(available)}, which is enough for a tiny model only")
 
 
 def check_versions() -> Check:

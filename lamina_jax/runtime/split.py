@@ -4,8 +4,9 @@ import collections
 import contextlib
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,10 @@ from lamina_jax.transport import (
     channel_class,
     first_failure,
 )
+
+# A NIC takes a second or so to find out that its peer does not answer.
+_TELLS_S: Final = 3.0
+_POLL_S: Final = 0.02
 
 
 class _SlicedModel:
@@ -224,7 +229,16 @@ class SplitExecutor(Executor):
 
     def explain(self, error: Exception) -> Exception:
         failure = self._failure()
+        # A worker's end is heard of before its channels tell, which know device and cause.
+        deadline = time.monotonic() + _TELLS_S
+        while failure is None and self._waits() and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+            failure = self._failure()
         return error if failure is None else self._pool.explain(failure)
+
+    def _waits(self) -> bool:
+        """Whether a slice is under way."""
+        return not all(stamp.is_ready() for stamp in (*self._stamps, *self._in_flight))
 
     def _failure(self) -> ChannelError | None:
         return first_failure(self._channels())

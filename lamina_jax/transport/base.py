@@ -118,7 +118,8 @@ class Channel(abc.ABC):
 
     - Every wait ends: with a message, when the peer dies (within two seconds), on `abort` or `close` of either end, or
       after `timeout_s`. All but the first are errors that name operation, tag, step, layer, batch and peer.
-    - What the writer had sent completely before it died or closed is still delivered.
+    - What the writer had sent completely before it died or closed is still delivered. From when on a message is sent, a
+      kind says of itself.
     - The first failure is final: both ends fail from then on, at once.
     - `abort` and `close` may be called from any thread, also while an operation is waiting.
     """

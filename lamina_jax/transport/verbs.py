@@ -180,7 +180,7 @@ class VerbsChannel(Channel):
             nic=nic,
         )
         try:
-            end.connect(there)
+            end.connect(there, peer)
         except BaseException:
             end.close()
             raise
@@ -197,7 +197,7 @@ class VerbsChannel(Channel):
         return msgspec.structs.replace(self._address, location=self._end.location)
 
     def _connect(self, answer: ChannelAddress) -> None:
-        self._end.connect(_parsed(answer, self.peer))
+        self._end.connect(_parsed(answer, self.peer), self.peer)
 
     @property
     def id(self) -> int:
@@ -254,7 +254,7 @@ class _End:
             raise ValueError(f"slot_bytes must be below 2 GB, got {slot_bytes}")
         opened = _open(nic or os.environ.get("LAMINA_RDMA_DEVICE"))
         send_depth, recv_depth = 2 * num_slots + _SPARE_REQUESTS, num_slots + _SPARE_REQUESTS
-        with _refusals(opened.name), contextlib.ExitStack() as undo:
+        with _refusals(opened.name, options["peer"]), contextlib.ExitStack() as undo:
             handle = _calls().create(
                 writer=role == "writer",
                 num_slots=num_slots,
@@ -299,8 +299,8 @@ class _End:
     def location(self) -> str:
         return msgspec.json.encode(self._location).decode()
 
-    def connect(self, there: _Location) -> None:
-        with _refusals(self._device.name):
+    def connect(self, there: _Location, peer: str) -> None:
+        with _refusals(self._device.name, peer):
             self._qp.connect(there.queue_pair, timeout=_RETRY_TIMEOUT)
         host = "" if there.host == self._location.host else there.host
         self.handle.connect(region=there.region, rkey=there.rkey, pid=there.pid, host=host)
@@ -385,15 +385,18 @@ def _parsed(address: ChannelAddress, peer: str) -> _Location:
 
 
 @contextlib.contextmanager
-def _refusals(device: str) -> Iterator[None]:
-    """What rdma-core refuses is an OSError that names the device, as with every other kind of channel."""
+def _refusals(device: str, peer: str | None = None) -> Iterator[None]:
+    """What rdma-core refuses is an OSError that names the device, and the peer of a channel."""
+    where = device if peer is None else f"{device}, channel to {peer}"
     try:
         yield
+    except OSError as error:
+        raise OSError(error.errno, f"{where}: {error.strerror or error}") from error
     except Exception as error:
         # pyverbs' exceptions share no base with Python's own, and it may not be there to name them.
         if not type(error).__module__.startswith("pyverbs"):
             raise
-        raise OSError(getattr(error, "error_code", errno.EIO), f"{device}: {error}") from error
+        raise OSError(getattr(error, "error_code", errno.EIO), f"{where}: {error}") from error
 
 
 @contextlib.contextmanager

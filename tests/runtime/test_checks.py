@@ -160,6 +160,20 @@ def test_shared_memory(monkeypatch, free, result):
     assert check.detail.startswith(f"{free // MIB} MiB free in /dev/shm")
 
 
+@pytest.mark.parametrize(("active", "result"), [(2048, "note"), (4096, "ok")])
+def test_mtu(active, result):
+    check = checks.check_mtu(active)
+    assert check.result == result
+    assert check.detail.startswith(f"{active} bytes a packet")
+
+
+@pytest.mark.parametrize(("available", "result"), [(1023 * MIB, "note"), (1024 * MIB, "ok")])
+def test_free_memory(available, result):
+    check = checks.check_memory(available)
+    assert check.result == result
+    assert check.detail.startswith(f"{available // MIB:,} MiB")
+
+
 def test_versions_name_what_has_to_be_alike():
     detail = checks.check_versions().detail
     for package in ("Python 3.12.", "lamina_jax ", "jax ", "jaxlib ", "pyzmq "):

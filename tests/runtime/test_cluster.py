@@ -211,7 +211,11 @@ def test_more_batches_than_replicas_over_tcp(workers, checkpoint, expected):
 
 @pytest.mark.parametrize(
     ("how", "why"),
-    [("SIGKILL", ""), ("SIGSTOP", "no sign of life for 5 s"), ("SIGTERM", "it was told to end")],
+    [
+        ("SIGKILL", r"the connection is lost\. \(recv of 'attended' .* from attention worker 1 .* failed: the peer"),
+        ("SIGSTOP", "no sign of life for 5 s"),
+        ("SIGTERM", "it was told to end"),
+    ],
 )
 def test_attention_worker_lost_while_it_generates(workers, checkpoint, expected, how, why):
     workers.replace("1", KILL=f"16:0:{how}")

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from control_peer import NAME, Ping, Pong
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina_jax.runtime import control_tcp
+from lamina_jax.attention.params import AttendParams
+from lamina_jax.runtime import control_tcp, messages
 from lamina_jax.runtime import control_wire as wire
 from lamina_jax.runtime.cluster_key import ClusterKey, load_key_file, make_key_file
 from lamina_jax.runtime.control_tcp import (
@@ -38,6 +39,9 @@ from lamina_jax.runtime.control_tcp import (
     same_host,
 )
 from lamina_jax.runtime.errors import WorkerError
+from lamina_jax.runtime.plan import decode_plan
+from lamina_jax.runtime.sampler import SamplingTensors
+from lamina_jax.transport import ChannelAddress
 
 LOOPBACK = "tcp://127.0.0.1:0"
 HERE = peer_info()
@@ -507,7 +511,7 @@ def test_ends_that_do_not_agree_are_refused_at_once(listener, key, field, value)
 
 
 @pytest.mark.parametrize("case", ["another key", "no key", "a key where the worker has none"])
-def test_without_the_key_there_is_no_session(case, key):
+def test_without_the_key_there_is_no_session(case, key, caplog):
     other = ClusterKey(*zmq.curve_keypair())
     theirs, ours = {
         "another key": (key, other),
@@ -519,6 +523,7 @@ def test_without_the_key_there_is_no_session(case, key):
             wait_to_hear(link, f"{NAME} at {listener.address}: handshake refused: is it the same cluster key?")
         wait_until(lambda: listener.counters.handshakes_failed >= 1, "the failed handshake to be counted")
         assert listener.counters.opened == 0
+        assert any(f"{NAME}: handshakes failed " in text for text in caplog.messages)
         converse(listener, theirs)
 
 
@@ -591,7 +596,7 @@ def test_what_was_recorded_says_nothing_again(listener, key):
     converse(listener, key)
 
 
-def test_oversize(listener, key):
+def test_oversize(listener, key, caplog):
     with Raw(listener.address, key) as raw:
         header = msgspec.msgpack.encode([bytes(16), 0])
         raw.socket.send_multipart([header, bytes(wire.FRAME_BYTES + 1)])
@@ -600,6 +605,7 @@ def test_oversize(listener, key):
         raw.socket.send(bytes(3 * wire.FRAME_BYTES))
         wait_until(lambda: listener.counters.cut_off >= 1, "ZeroMQ to hang up")
         assert raw.hears_nothing()
+    assert [text for text in caplog.messages if f"{NAME}: oversize " in text and text.endswith("(1 so far)")]
     converse(listener, key)
 
 
@@ -725,7 +731,7 @@ def test_ten_thousand_messages_of_noise(served):
     size = served.rss()
     messages, visits = 9500, 500
     with Raw(served.address, served.key) as raw:
-        templates = messages_of(raw.open())
+        templates = messages_of(raw.open(), PINGS)
         for _ in range(messages):
             raw.socket.send_multipart(mutated(choose, templates))
         for _ in range(visits):
@@ -746,9 +752,12 @@ def test_ten_thousand_messages_of_noise(served):
     assert served.rss() - size < STRANGERS_ROOM
 
 
-def messages_of(session: bytes) -> list[list[bytes]]:
+PINGS = (Ping(1), Ping(2, bytes(300)), Pong(1))
+
+
+def messages_of(session: bytes, said: Sequence[Any]) -> list[list[bytes]]:
     """Messages with numbers that are not the next."""
-    said = [wire.Open(HERE), wire.Beat(), wire.Close("x"), Ping(1), Ping(2, bytes(300)), Pong(1), wire.Bye()]
+    said = [wire.Open(HERE), wire.Beat(), wire.Close("x"), *said, wire.Bye()]
     return [wire.pack(session, 1000 + i, wire.encode(message)) for i, message in enumerate(said)]
 
 
@@ -776,28 +785,125 @@ def mutated(choose: random.Random, templates: list[list[bytes]]) -> list[bytes]:
     return frames
 
 
-DECODER = msgspec.msgpack.Decoder(Ping | wire.FromEngine)
+# One of each message that a worker of a cluster takes.
+_BUCKET = messages.Bucket(batch=4, tokens=1, max_pages=8)
+_END = ChannelAddress(kind="verbs", location="{}", num_slots=8, slot_bytes=4096, creator_role="writer")
+_ATTENTION = messages.AttentionWorkerConfig(
+    name="attention worker 0",
+    layers=(AttendParams(scale=0.5),),
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    dtype="float32",
+    page_size=16,
+    num_pages=8,
+    max_step_tokens=64,
+    kernel="paged",
+)
+_FACTS = messages.ModelFacts(num_layers=2, num_heads=6, num_kv_heads=3, head_dim=8, vocab_size=260, dtype="float32")
+_PLACEMENT = messages.Placement(
+    model_platform="cpu",
+    attention_platform="cpu",
+    num_attention_workers=2,
+    tensor_parallel_size=1,
+    num_batches=1,
+    model_memory_fraction=None,
+)
+_SETTINGS = messages.ExecutorSettings(
+    page_size=16,
+    num_pages=8,
+    kv_cache_dtype="auto",
+    attention_platform="cpu",
+    attention_kernel="auto",
+    max_num_seqs=4,
+    max_step_tokens=64,
+    num_batches=1,
+    overlap=True,
+    timeout_s=60.0,
+    trace_dir=None,
+)
+_SAMPLING = {field.name: bytes(16) for field in dataclasses.fields(SamplingTensors)}
+_PLAN = messages.PlannedBatch(
+    bucket=_BUCKET,
+    batch=0,
+    tokens=None,
+    slots=bytes(16),
+    context_lens=bytes(16),
+    num_new=bytes(16),
+    block_tables=bytes(128),
+    emits=bytes(4),
+    sampling=_SAMPLING,
+    sampling_mode="greedy",
+)
+_TO_ATTENTION = (
+    messages.Describe(),
+    messages.Configure(config=_ATTENTION, messages=("q",), inboxes=(_END,), outboxes=(_END,)),
+    messages.Prepare(_BUCKET, 1),
+    messages.RunStep(_BUCKET, (0,), bytes(16), bytes(16), bytes(128)),
+)
+_TO_MODEL = (
+    messages.LoadModel(
+        directory="/model",
+        facts=_FACTS,
+        dtype="float32",
+        placement=_PLACEMENT,
+        attention_workers=("tcp://127.0.0.1:1",),
+        transport="auto",
+        start_timeout_s=1.0,
+    ),
+    messages.MakeExecutor(_SETTINGS),
+    messages.Prepare(_BUCKET, 1),
+    messages.RunPlans(0, (_PLAN,)),
+)
+TAKEN = {
+    "ping": (Ping, PINGS),
+    "attention worker": (messages.ToClusterWorker, _TO_ATTENTION),
+    "model worker": (messages.ToModelWorker, _TO_MODEL),
+}
+"""By who takes them: the type of the messages, and some of them."""
+takers = pytest.mark.parametrize("taker", TAKEN)
 
 
-def decode(frames: list[bytes]) -> None:
-    """Frames are a message or a ValueError, nothing else."""
+def decode(frames: list[bytes], taken: Any) -> Any | None:
+    """The message; None for a ValueError. There is nothing else."""
+    decoder = msgspec.msgpack.Decoder(taken | wire.FromEngine)
     with contextlib.suppress(ValueError):
-        session, sequence, message = wire.unpack(frames, DECODER)
+        session, sequence, message = wire.unpack(frames, decoder)
         assert len(session) == 16
         assert sequence >= 0
-        assert isinstance(message, Ping | wire.FromEngine)
+        assert isinstance(message, taken | wire.FromEngine)
+        return message
+    return None
 
 
+@takers
+def test_every_message_comes_through(taker):
+    taken, said = TAKEN[taker]
+    sent = [message for message in said if isinstance(message, taken)]
+    frames = [wire.pack(bytes(16), 0, wire.encode(message)) for message in sent]
+    assert sent
+    assert [decode(each, taken) for each in frames] == sent
+    # Damaged ones are decoded further, too.
+    assert decode_plan(_PLAN).slots.tolist() == [0] * 4
+
+
+@takers
 @settings(max_examples=500)
-@given(st.lists(st.binary(max_size=200), max_size=5))
-def test_random_frames_decode_to_a_message_or_an_error(frames):
-    decode(frames)
+@given(frames=st.lists(st.binary(max_size=200), max_size=5))
+def test_random_frames_decode_to_a_message_or_an_error(taker, frames):
+    decode(frames, TAKEN[taker][0])
 
 
-@settings(max_examples=500)
-@given(st.integers())
-def test_mutated_frames_decode_to_a_message_or_an_error(seed):
-    decode(mutated(random.Random(seed), messages_of(bytes(range(16)))))
+@takers
+@settings(max_examples=1500)
+@given(seed=st.integers())
+def test_mutated_frames_decode_to_a_message_or_an_error(taker, seed):
+    taken, said = TAKEN[taker]
+    message = decode(mutated(random.Random(seed), messages_of(bytes(range(16)), said)), taken)
+    if isinstance(message, messages.RunPlans):
+        for batch in message.batches:
+            with contextlib.suppress(ValueError):
+                decode_plan(batch)
 
 
 @pytest.mark.parametrize(
@@ -806,4 +912,4 @@ def test_mutated_frames_decode_to_a_message_or_an_error(seed):
 def test_a_body_that_promises_much_takes_no_memory(body):
     header = msgspec.msgpack.encode([bytes(16), 0])
     with pytest.raises(ValueError):  # noqa: PT011 - whatever it says
-        wire.unpack([header, body], DECODER)
+        wire.unpack([header, body], msgspec.msgpack.Decoder(Ping | wire.FromEngine))

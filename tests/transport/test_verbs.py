@@ -144,7 +144,8 @@ except OSError as error:
 os._exit(0)
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert re.search(r"the NIC cannot register \d+ bytes of memory: .*`ulimit -l`", run.stdout), run
+    where = rf"{verbs.rdma_device()} on \S+, channel to the peer"
+    assert re.search(rf"{where}: the NIC cannot register \d+ bytes of memory: .*`ulimit -l`", run.stdout), run
 
 
 @needs_device
@@ -237,6 +238,13 @@ def test_unknown_device_is_refused():
 def test_what_is_missing_is_said():
     with pytest.raises(OSError, match=r"verbs channels need (an RDMA device|pyverbs|the custom calls of RDMA)"):
         verbs.VerbsChannel.create(role="writer", peer="the peer", messages=[])
+
+
+def test_without_pyverbs_it_is_said_what_to_install(monkeypatch):
+    for name in ("pyverbs", "pyverbs.device"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(OSError, match=r"verbs channels need pyverbs, .*`make rdma`, or install lamina_jax\[rdma\]"):
+        verbs._pyverbs("device")
 
 
 def test_large_slots_are_refused():

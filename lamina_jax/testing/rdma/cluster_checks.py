@@ -21,7 +21,7 @@ from lamina_jax.testing.rdma.deploy import (
     start_worker,
     tiny_model,
 )
-from lamina_jax.testing.rdma.machines import LOOPBACK_DEVICE, ROOT, Job, Machine, at_once
+from lamina_jax.testing.rdma.machines import DEVICE, LOOPBACK_DEVICE, ROOT, Job, Machine, at_once
 from lamina_jax.testing.rdma.programs import run_here
 from lamina_jax.testing.rdma.report import Row, judged
 
@@ -103,10 +103,11 @@ def _cluster_that_breaks(resources: Sequence[str], machines: tuple[Machine, ...]
 
     finished = calls.finished
     a.set_link(up=False)
-    yield calls.fails("link down", r"on b", after=finished)
+    yield calls.fails("link down", rf"on b .*of {DEVICE} on a; its port is 1: DOWN", after=finished)
     a.set_link(up=True)
     yield calls.next_are_exact("tokens once the link is up", within_s=_START_S, skip=0)
     engine.kill()
+    yield _given_back(machines, "the engine", resources)
 
     engine = _start_engine(a, _cluster_over_tcp(a))
     calls = _Calls(engine, expected)
@@ -158,11 +159,15 @@ def _given_back(machines: tuple[Machine, ...], killed: str, resources: Sequence[
 
 @contextlib.contextmanager
 def _losing_packets(machines: tuple[Machine, ...]) -> Iterator[None]:
+    """Loses packets meanwhile. Raises RuntimeError if none was lost."""
     for machine in machines:
         machine.set_loss(_LOSS_PERCENT)
     yield
+    lost = sum(at_once(Machine.lost_packets, machines))
     for machine in machines:
         machine.set_loss(0)
+    if lost == 0:
+        raise RuntimeError(f"expected {_LOSS_PERCENT} % of packets to be lost, got none")
 
 
 class _Calls:

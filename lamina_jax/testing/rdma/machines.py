@@ -337,6 +337,12 @@ class Machine:
         """Loses that share of the packets which eth0 sends; 0 ends it. 100 is a peer that falls silent."""
         self._configure(f"tc qdisc replace dev eth0 root netem loss {percent}%" if percent else _NO_LOSS)
 
+    def lost_packets(self) -> int:
+        """How many packets eth0 has lost since `set_loss`."""
+        shown = self.run(["tc", "-s", "qdisc", "show", "dev", "eth0"], timeout_s=20.0)
+        found = re.search(r"dropped (\d+)", shown)
+        return int(found[1]) if found else 0
+
     def use_processors(self, count: int) -> None:
         """Takes all processors but the first `count` offline until the machine is reset."""
         self._configure(_use_processors(count))
