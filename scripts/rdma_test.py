@@ -8,7 +8,7 @@ what is asked for, runs in them what lamina_jax/testing/rdma/checks.py lists, an
 what they will run is compiled here (`Check.prepare`), as their processors are 20 times slower. The status is 1 if a
 check failed. Every check has its time, and so have all together; the machines are powered off however this ends.
 Peers and workers are killed at moments that a seed chooses, or as many seeds as LAMINA_KILL_SEEDS says. Over RDMA four
-of the conformance tests are run, which must fit into ten minutes; with LAMINA_CONFORMANCE=all it is all of them.
+of the conformance tests are run, which must fit into ten minutes; with LAMINA_CONFORMANCE=all all that can be.
 
 To add a check, write a function in a module of lamina_jax/testing/rdma and put a line into the list `CHECKS`:
 
