@@ -15,10 +15,9 @@ import tempfile
 import time
 
 import jax
-import jax.numpy as jnp
 import msgspec
 from absl import app, flags
-from ping_pong import make_ping, make_pong, spec
+from ping_pong import make_ping, make_pong, message, spec
 
 from lamina_jax.transport import ChannelAddress, MessageSpec, Tag, attach, channel_class
 
@@ -118,7 +117,7 @@ def measure(peer: subprocess.Popen, raw_program: str, num_bytes: int) -> dict[st
         answers = msgspec.json.decode(peer.stdout.readline(), type=Answers)
         tx.connect(answers.there)
         rx.connect(answers.back)
-        x = jnp.ones(num_bytes // 4, jnp.float32)
+        x = message(num_bytes)
         ping = make_ping(tx, rx, rounds).lower(x).compile()
         for _ in range(_REPEATS.value + 1):
             peer.stdout.readline()

@@ -16,14 +16,13 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags
-from ping_pong import make_ping, make_pong
+from ping_pong import make_drain, make_fill, make_ping, make_pong, message, spec
 
 from lamina_jax import _custom_calls
 from lamina_jax.testing.rdma.perftest import ThisHost, write_bandwidth, write_latency
@@ -31,7 +30,7 @@ from lamina_jax.transport import Channel, MessageSpec, Tag, attach, channel_clas
 from lamina_jax.transport.rdma_devices import choose_verbs_port
 
 _KIND = flags.DEFINE_enum("kind", "verbs", ["shm", "tcp", "verbs"], "The kind of channel.")
-_SIZES = flags.DEFINE_list("sizes", ["2", "2048", "32768"], "Bytes of a message in ping-pong.")
+_SIZES = flags.DEFINE_list("sizes", ["2", "2048", "32768"], "Bytes of a message in ping-pong, even numbers.")
 _TURNS = flags.DEFINE_integer("turns", 5, "How often sizes are measured one after the other.", lower_bound=1)
 _PERFTEST = flags.DEFINE_string(
     "perftest",
@@ -39,7 +38,7 @@ _PERFTEST = flags.DEFINE_string(
     "An RDMA device, e.g. mlx5_0: the channel's, over which ib_write_lat and ib_write_bw join the turns.",
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 400, "Round trips of a turn, a tenth above 4 KiB.", lower_bound=50)
-_JITTED_ROUNDS = flags.DEFINE_integer("jitted_rounds", 200, "Round trips in a jitted program; 0 for none.")
+_JITTED_ROUNDS = flags.DEFINE_integer("jitted_rounds", 200, "Round trips of a jitted program; 0 for none.")
 _MESSAGES = flags.DEFINE_integer("messages", 20, "Messages one way of a turn.", lower_bound=5)
 _SPIN_US = flags.DEFINE_float("spin_us", None, "How long a wait polls before it sleeps; the kind's own if not given.")
 
@@ -48,11 +47,6 @@ _LARGE = 1 << 20
 _SMALL_SLOTS = 32
 _TIMEOUT_S = 60.0
 _THERE = "the process at the other end of the channels"
-
-
-def _programs(sizes: list[int]) -> list[int]:
-    """Sizes that jitted programs send: they have whole floats."""
-    return [size for size in sizes if size % 4 == 0] if _JITTED_ROUNDS.value else []
 
 
 def _waits() -> dict[str, float]:
@@ -85,9 +79,7 @@ def _rounds(size: int, rounds: int) -> int:
     return rounds if size <= 4096 else rounds // 10
 
 
-def _play_there(
-    connection: Connection, game: _Game, jitted_sizes: list[int], jitted_rounds: int, waits: dict[str, float]
-) -> None:
+def _play_there(connection: Connection, game: _Game, jitted_rounds: int, waits: dict[str, float]) -> None:
     jax.config.update("jax_platforms", "cpu")
     there, back, wide = connection.recv()
     with (
@@ -99,12 +91,24 @@ def _play_there(
         for _ in range(game.turns):
             connection.recv()
             connection.send([figure for figure in game.play(tx, rx, large, first=False) if figure[1] == _LARGE])
-        for size in jitted_sizes:
-            pong = make_pong(rx, tx, size, jitted_rounds).lower().compile()
-            connection.send("ready")
-            pong().block_until_ready()
-            pong().block_until_ready()
+        if jitted_rounds:
+            for size in game.sizes:
+                pong = make_pong(rx, tx, size, jitted_rounds).lower().compile()
+                connection.send("ready")
+                pong().block_until_ready()
+                pong().block_until_ready()
+            connection.send(_drain(large, game.messages, lambda: connection.send("ready")))
         connection.recv()
+
+
+def _drain(large: Channel, count: int, ready: Callable[[], None]) -> float:
+    """Seconds that a program takes to receive the second half of the stream that `_fill` sends."""
+    drain = make_drain(large, _LARGE, count).lower().compile()
+    ready()
+    jax.block_until_ready(drain())
+    start = time.perf_counter()
+    jax.block_until_ready(drain())
+    return time.perf_counter() - start
 
 
 def _figures(found: list[tuple[bool, int, float]], messages: int, *, copies: bool) -> dict[str, Any]:
@@ -176,7 +180,8 @@ class _Peer:
 
 
 def _jitted(tx: Channel, rx: Channel, size: int, peer: _Peer) -> float:
-    x = jnp.ones(size // 4, jnp.float32)
+    """Microseconds one way in a program."""
+    x = message(size)
     ping = make_ping(tx, rx, _JITTED_ROUNDS.value).lower(x).compile()
     peer.hear()
     x = ping(x).block_until_ready()
@@ -185,8 +190,18 @@ def _jitted(tx: Channel, rx: Channel, size: int, peer: _Peer) -> float:
     return (time.perf_counter() - start) / _JITTED_ROUNDS.value / 2 * 1e6
 
 
+def _fill(large: Channel, count: int, peer: _Peer) -> float:
+    """MiB/s of a stream from program to program."""
+    x = message(_LARGE)
+    fill = make_fill(large, count).lower(x).compile()
+    peer.hear()
+    for _ in range(2):
+        fill(x).block_until_ready()
+    return count * (_LARGE >> 20) / peer.hear()
+
+
 def _message(num_bytes: int) -> MessageSpec:
-    return MessageSpec(Tag.Q, (jax.ShapeDtypeStruct((-(-num_bytes // 2),), jnp.float16),))
+    return MessageSpec(Tag.Q, (spec(num_bytes),))
 
 
 def main(argv: list[str]) -> None:
@@ -196,10 +211,12 @@ def main(argv: list[str]) -> None:
     sizes = [int(size) for size in _SIZES.value]
     if max(sizes) >= _LARGE:
         raise app.UsageError(f"--sizes must be below {_LARGE}, which is streamed; got {max(sizes)}")
+    if any(size % 2 for size in sizes):
+        raise app.UsageError(f"--sizes must be even, as messages are of float16; got {_SIZES.value}")
     if _PERFTEST.value is not None:
         os.environ["LAMINA_RDMA_DEVICE"] = _PERFTEST.value
     game = _Game(sizes=sizes, turns=_TURNS.value, rounds=_ROUNDS.value, messages=_MESSAGES.value)
-    peer = _Peer(game, _programs(sizes), _JITTED_ROUNDS.value, _waits())
+    peer = _Peer(game, _JITTED_ROUNDS.value, _waits())
     perftest = None if _PERFTEST.value is None else _Perftest(_PERFTEST.value)
     kind = channel_class(_KIND.value)
     small: dict[str, Any] = {"peer": "echo", "messages": [_message(max(sizes))], "num_slots": _SMALL_SLOTS, **_waits()}
@@ -220,26 +237,32 @@ def main(argv: list[str]) -> None:
             peer.tell("turn")
             found += [figure for figure in game.play(tx, rx, large, first=True) if figure[1] != _LARGE]
             found += peer.hear()  # the reader knows when the last message of a stream was there
-        jitted = {size: _jitted(tx, rx, size, peer) for size in _programs(sizes)}
+        jitted: dict[str, Any] = {"us": {}, "mib_per_s": None}
+        if _JITTED_ROUNDS.value:
+            jitted["us"] = {size: _jitted(tx, rx, size, peer) for size in sizes}
+            jitted["mib_per_s"] = _fill(large, game.messages, peer)
         peer.end()
     native, copied = (_figures(found, game.messages, copies=copies) for copies in (False, True))
     _show(native, copied, jitted, perftest and perftest.figures)
 
 
 def _show(
-    native: dict[str, Any], copied: dict[str, Any], jitted: dict[int, float], perftest: dict[str, Any] | None
+    native: dict[str, Any], copied: dict[str, Any], jitted: dict[str, Any], perftest: dict[str, Any] | None
 ) -> None:
-    def beside(ours: list[float], theirs: list[float] | None, unit: str) -> str:
+    def line(
+        ours: list[float], theirs: list[float] | None, copied: list[float], jitted: float | None, unit: str
+    ) -> str:
         ratio = f" ({statistics.median(ours) / statistics.median(theirs):.2f}x of perftest)" if theirs else ""
-        return f"{statistics.median(ours):8.2f} {unit} native{ratio}"
+        in_program = "" if jitted is None else f", {jitted:8.2f} jitted"
+        native = f"{statistics.median(ours):8.2f} {unit} native{ratio}"
+        return f"{native}, {statistics.median(copied):8.2f} copied{in_program}"
 
     for size, turns in native["us"].items():
-        in_program = f", {jitted[size]:8.2f} us jitted" if size in jitted else ""
-        ours = beside(turns, perftest["us"][size] if perftest else None, "us")
-        print(f"{size:8d} bytes: {ours}, {statistics.median(copied['us'][size]):8.2f} us copied{in_program}")
-    ours = beside(native["mib_per_s"], perftest["mib_per_s"] if perftest else None, "MiB/s")
-    print(f"{_LARGE:8d} bytes: {ours}, {statistics.median(copied['mib_per_s']):8.2f} MiB/s copied")
-    print(json.dumps({"native": native, "copied": copied, "jitted_us": jitted, "perftest": perftest}))
+        theirs = perftest and perftest["us"][size]
+        print(f"{size:8d} bytes: {line(turns, theirs, copied['us'][size], jitted['us'].get(size), 'us')}")
+    theirs = perftest and perftest["mib_per_s"]
+    print(f"{_LARGE:8d} bytes: {line(native['mib_per_s'], theirs, copied['mib_per_s'], jitted['mib_per_s'], 'MiB/s')}")
+    print(json.dumps({"native": native, "copied": copied, "jitted": jitted, "perftest": perftest}))
 
 
 if __name__ == "__main__":

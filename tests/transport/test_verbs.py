@@ -18,10 +18,10 @@ import pytest
 from channel_peer import Mail, Peer, create, recv_all, running_peer, send_all
 
 from lamina_jax import _custom_calls
-from lamina_jax.transport import Channel, ChannelAddress, Role, attach, rc_queue_pair, verbs
+from lamina_jax.testing.rdma.faults import SmallCompletionQueue, fail_queue_pair
+from lamina_jax.transport import Channel, ChannelAddress, Role, attach, verbs
 
 FAILS = jax.errors.JaxRuntimeError
-ERROR_STATE = 6  # IBV_QPS_ERR
 # More of them with LAMINA_KILL_SEEDS=10.
 KILL_SEEDS = range(int(os.environ.get("LAMINA_KILL_SEEDS", "1")))
 ROLES: tuple[Role, ...] = ("writer", "reader")
@@ -62,11 +62,6 @@ def resources() -> list[int]:
     return [sum(map(int, re.findall(rf"\b{kind} (\d+)", run.stdout))) for kind in ("qp", "cq", "mr")]
 
 
-def break_queue_pair(channel: verbs.VerbsChannel) -> None:
-    qp = channel._end._qp
-    qp._modify(rc_queue_pair._QpAttr(qp_state=ERROR_STATE), 1, "ERR")
-
-
 def device_of(channel: verbs.VerbsChannel) -> str:
     return re.escape(channel._end._device.name)
 
@@ -87,7 +82,7 @@ def test_queue_pair_that_fails_is_an_error_at_both_ends(join):
     writer, reader = join()
     move(writer)
     move(reader)
-    break_queue_pair(reader)
+    fail_queue_pair(reader._end)
     start = time.monotonic()
     with pytest.raises(
         RuntimeError, match=rf"recv .* from the writer .*the queue pair has failed .*{device_of(reader)}"
@@ -115,12 +110,7 @@ def test_peer_that_has_gone_before_the_first_message(join):
 
 @needs_device
 def test_completion_queue_that_overruns_is_an_error(join, monkeypatch):
-    class Small(rc_queue_pair.CompletionQueue):
-        def __init__(self, pd, depth, *, wakes):
-            del depth
-            super().__init__(pd, 1, wakes=wakes)
-
-    monkeypatch.setattr(verbs, "CompletionQueue", Small)
+    monkeypatch.setattr(verbs, "CompletionQueue", SmallCompletionQueue)
     writer, reader = join(num_slots=8)
     # Smaller ones may come without a completion.
     move(writer, 8, 1024)

@@ -4,12 +4,14 @@ import contextlib
 import functools
 import random
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from lamina_jax.testing.rdma import faults
 from lamina_jax.testing.rdma.channel_checks import KILL_SEEDS
 from lamina_jax.testing.rdma.deploy import (
     CLUSTER,
@@ -31,6 +33,9 @@ _BACK_S: Final = 20.0
 """About how long a worker takes in these machines from its start to its first step."""
 _GIVEN_BACK_S: Final = 30.0
 _LOSS_PERCENT: Final = 1.0
+_FAULTS: Final = "/tmp/lamina-faults"
+_FAULTY_PYTHON: Final = f"python -m {faults.__name__} {_FAULTS}"
+"""Runs a worker's script, with the faults that are written there."""
 
 _TOKENS = """
 import sys
@@ -87,7 +92,7 @@ def _cluster_that_breaks(resources: Sequence[str], machines: tuple[Machine, ...]
     Args:
         resources: What `_resources` says if no worker runs.
     """
-    a = machines[0]
+    a, b = machines
     expected = _expected(a.folder.parent)
     engine = _start_engine(a, CLUSTER)
     calls = _Calls(engine, expected)
@@ -100,12 +105,19 @@ def _cluster_that_breaks(resources: Sequence[str], machines: tuple[Machine, ...]
 
     for seed in range(KILL_SEEDS):
         yield from _workers_killed(machines, calls, seed, resources)
+    yield from _faults_of_a_worker(machines, calls)
 
     finished = calls.finished
     a.set_link(up=False)
     yield calls.fails("link down", rf"on b .*of {DEVICE} on a; its port is 1: DOWN", after=finished)
     a.set_link(up=True)
     yield calls.next_are_exact("tokens once the link is up", within_s=_START_S, skip=0)
+
+    finished = calls.finished
+    b.set_loss(100.0)
+    yield calls.fails("nothing comes from machine b", rf"does not answer any more.* of {DEVICE} on a", after=finished)
+    b.set_loss(0)
+    yield calls.next_are_exact("tokens once it is heard again", within_s=_START_S, skip=0)
     engine.kill()
     yield _given_back(machines, "the engine", resources)
 
@@ -131,7 +143,7 @@ def _workers_killed(
 
     victim, host = (("model worker", a), ("attention worker 1", b))[seed % 2]
     delay_s = random.Random(seed).uniform(0.0, _BACK_S)
-    start_worker(b, "attention worker 0")
+    start_worker(b, "attention worker 0", python=_FAULTY_PYTHON)
     time.sleep(delay_s)
     finished = calls.finished
     kill_worker(host, victim)
@@ -142,6 +154,28 @@ def _workers_killed(
     errors = calls.errors(after=finished)
     named = all(re.search(_is_lost(victim, host), error) for error in errors)
     yield judged(f"{victim} killed {delay_s:.1f} s after that", named, "; ".join(errors))
+
+
+def _faults_of_a_worker(machines: tuple[Machine, ...], calls: "_Calls") -> Iterator[Row]:
+    """What may fail in its RDMA does, in attention worker 0, which lives on: it runs in `faults.py`."""
+    b = machines[1]
+    on_b = rf"attention worker 0 at \S+, on b .*{DEVICE} on b"
+    failed_pair = rf"queue pair has failed.* of {DEVICE} on b"
+    finished = calls.finished
+    _have_faults(b, "little memory", "queue pairs fail")
+    yield calls.fails("queue pairs fail", failed_pair, after=finished)
+    refused = rf"{on_b}, channel to model worker on a: the NIC cannot register \d+ bytes of memory: .*`ulimit -l`"
+    yield calls.fails("memory is refused", refused, after=finished, but=failed_pair)
+    _have_faults(b, "sound", "completion queues overrun")
+    overrun = rf"the device reports: .*CQ.* of {DEVICE} on b"
+    yield calls.fails("completion queues overrun", overrun, after=calls.finished, but=refused)
+    _have_faults(b, "sound")
+    yield calls.next_are_exact("tokens once the worker is sound", within_s=_START_S, skip=0)
+
+
+def _have_faults(machine: Machine, *faults: str) -> None:
+    script = f"printf '%s\\n' {shlex.join(faults)} > {_FAULTS}"
+    machine.run(["bash", "-ec", script], timeout_s=20.0, name="faults")
 
 
 def _is_lost(worker: str, host: Machine) -> str:
@@ -184,10 +218,10 @@ class _Calls:
         seconds = time.monotonic() - start
         return judged(name, got == self._expected, f"within {seconds:.1f} s" if got == self._expected else got)
 
-    def fails(self, name: str, words: str, *, after: int) -> Row:
-        """Waits for a call that ended with an error; not one of the first so many."""
+    def fails(self, name: str, words: str, *, after: int, but: str | None = None) -> Row:
+        """Waits for a call that ended with an error; not one of the first so many, nor with the words `but`."""
         start = time.monotonic()
-        got = self._await(r"error: (.*)", _CALL_S, after + 1)
+        got = self._await(r"error: (.*)" if but is None else rf"error: (?!.*{but})(.*)", _CALL_S, after + 1)
         return judged(name, re.search(words, got) is not None, f"after {time.monotonic() - start:.1f} s: {got}")
 
     @property
@@ -215,9 +249,14 @@ def _resources(machines: tuple[Machine, ...], kinds: str = "cq|qp|mr") -> list[s
 
     A process has a protection domain, "pd", as long as it lives.
     """
-    show = lambda machine: machine.run(["rdma", "resource", "show"], timeout_s=20, name="resources")  # noqa: E731
-    shown = at_once(show, machines)
-    return [", ".join(f"{kind} {n}" for kind, n in re.findall(rf"\b({kinds}) (\d+)", each)) for each in shown]
+    return [
+        ", ".join(f"{kind} {n}" for kind, n in re.findall(rf"\b({kinds}) (\d+)", shown))
+        for shown in at_once(_shown_resources, machines)
+    ]
+
+
+def _shown_resources(machine: Machine) -> str:
+    return machine.run(["rdma", "resource", "show"], timeout_s=20, name="resources")
 
 
 def _start_engine(machine: Machine, cluster: Path) -> Job:

@@ -72,11 +72,18 @@ def tiny_model(folder: Path) -> Path:
     return model
 
 
-def start_worker(machine: Machine, worker: str) -> None:
-    """Starts one of `WORKERS` as the document does, in the place of one that has ended."""
+def start_worker(machine: Machine, worker: str, python: str = "python") -> None:
+    """Starts one of `WORKERS` as the document does, in the place of one that has ended.
+
+    Args:
+        machine: Its host.
+        worker: Which one.
+        python: Bash that runs its script.
+    """
     kind, _, index = worker.partition(" worker")
     name = worker.replace(" ", "_")
-    command = f"python scripts/launch_{kind}_worker.py {_CLUSTER_FLAG}" + (f" --index={index.strip()}" if index else "")
+    arguments = _CLUSTER_FLAG + (f" --index={index.strip()}" if index else "")
+    command = f"{python} scripts/launch_{kind}_worker.py {arguments}"
     machine.run(_bash(f"nohup {command} > {name}.log 2>&1 & echo $! > {name}.pid"), timeout_s=30.0)
 
 

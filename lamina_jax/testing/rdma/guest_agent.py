@@ -135,8 +135,10 @@ def _kill_descendants(staying: set[int] | None = None, limit_s: float = 10.0) ->
         for pid in alive:
             with contextlib.suppress(OSError):
                 command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
-                killed.setdefault(pid, command.decode(errors="replace").strip())
                 os.kill(pid, signal.SIGKILL)
+                # One that is about to end has no command line any more, so nobody left it.
+                if command:
+                    killed.setdefault(pid, command.decode(errors="replace").strip())
         time.sleep(0.02)
     return list(killed.values())
 
