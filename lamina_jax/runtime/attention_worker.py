@@ -30,6 +30,7 @@ from lamina_jax.runtime.attention_step import AttentionStep, message_list
 from lamina_jax.runtime.control import ControlClient
 from lamina_jax.runtime.control_tcp import ControlListener, Session
 from lamina_jax.runtime.gpu_options import compiler_options, exact_products
+from lamina_jax.runtime.kept import KeptPrograms
 from lamina_jax.runtime.memory import CACHE_SHARE_OF_MEMORY, available_memory
 from lamina_jax.runtime.messages import (
     AttentionWorkerConfig,
@@ -62,11 +63,24 @@ _PATIENCE_S = 24 * 3600.0
 class AttentionWorker:
     """One worker's cache, channels and compiled steps."""
 
-    def __init__(self, config: AttentionWorkerConfig, inboxes: Sequence[Channel], outboxes: Sequence[Channel]):
+    def __init__(
+        self,
+        config: AttentionWorkerConfig,
+        inboxes: Sequence[Channel],
+        outboxes: Sequence[Channel],
+        kept: KeptPrograms,
+    ) -> None:
+        """Args:
+        config: the worker's share.
+        inboxes: reading ends of q, k and v, by batch.
+        outboxes: writing ends of the output, by batch.
+        kept: steps that the session before has compiled.
+        """
         kernel = get_kernel(config.kernel, jax.devices()[0])
         self._step = AttentionStep(config=config, kernel=kernel, inboxes=inboxes, outboxes=outboxes)
         self._channels = (*inboxes, *outboxes)
-        self._compiled: dict[tuple[Bucket, int], jax.stages.Compiled] = {}
+        ends = tuple(channel.in_programs for channel in self._channels)
+        self._compiled: dict[tuple[Bucket, int], jax.stages.Compiled] = kept.of((config, ends))
         self._stamps = jnp.stack([first_stamp(b) for b in range(len(inboxes))])
         self._cache = PagedCache.zeros(
             num_layers=len(config.layers),
@@ -134,13 +148,22 @@ class AttentionWorker:
 class AttentionServant(Servant):
     """Obeys the model worker, whether that is on this host or another."""
 
-    def __init__(self, send: Callable[[Any], None], *, peer: str = "model worker", host: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        send: Callable[[Any], None],
+        kept: KeptPrograms,
+        *,
+        peer: str = "model worker",
+        host: str = "127.0.0.1",
+    ) -> None:
         """Args:
         send: queues a message for the model worker (`messages.FromWorker`, `messages.FromClusterWorker`).
+        kept: steps that the session before has compiled.
         peer: what errors call the model worker.
         host: address of this host by which the model worker reaches it.
         """
         self._send = send
+        self._kept = kept
         self._peer = peer
         self._host = host
         self._worker: AttentionWorker | None = None
@@ -196,7 +219,7 @@ class AttentionServant(Servant):
         with contextlib.ExitStack() as undo:
             inboxes = [undo.enter_context(self._attached(address, "reader")) for address in message.inboxes]
             outboxes = [undo.enter_context(self._attached(address, "writer")) for address in message.outboxes]
-            worker = AttentionWorker(config, inboxes, outboxes)
+            worker = AttentionWorker(config, inboxes, outboxes, self._kept)
             undo.pop_all()
         return worker, tuple(c.answer for c in (*inboxes, *outboxes))
 
@@ -213,11 +236,10 @@ def serve_cluster(listener: ControlListener, *, name: str) -> None:
         listener: its messages are `messages.ToClusterWorker`.
         name: of this worker in the log, e.g. "attention worker 1".
     """
-
-    host = urlsplit(listener.address).hostname or ""
+    host, kept = urlsplit(listener.address).hostname or "", KeptPrograms()
 
     def make(session: Session) -> AttentionServant:
-        return AttentionServant(session.send, peer=f"model worker on {session.peer.host}", host=host)
+        return AttentionServant(session.send, kept, peer=f"model worker on {session.peer.host}", host=host)
 
     serve(listener, make, name=name, waits_for="a model worker")
 
@@ -251,7 +273,7 @@ def _main(argv: list[str]) -> None:
 
 
 def _serve(client: ControlClient) -> None:
-    servant = AttentionServant(client.send)
+    servant = AttentionServant(client.send, KeptPrograms())
     with contextlib.ExitStack() as at_end:
         while not isinstance(message := client.receive(timeout_ms=_POLL_MS), Shutdown):
             if message is not None:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lamina_jax import partition
 from lamina_jax.runtime.gpu_options import exact_products
+from lamina_jax.runtime.kept import KeptPrograms
 
 ModelFunction = Callable[..., Sequence[jax.Array]]
 """``f(params, tokens [B, T], positions [B, T], logit_index [B]) -> (logits [B, vocab],)``, calling `attend`."""
@@ -44,6 +45,8 @@ class Model:
         self._fn = fn
         self.params: list[jax.Array] = jax.tree.leaves(params)
         self.division = division
+        self.kept = KeptPrograms()
+        """What the last executor has compiled of it."""
         self._tree = jax.tree.structure(params)
         self._traced = functools.cache(self._trace)
         self._weights: list[jax.Array] | None = None

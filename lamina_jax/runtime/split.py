@@ -152,6 +152,10 @@ class SplitExecutor(Executor):
             for channel in self._channels():
                 channel.close()
             raise
+        ends = tuple(channel.in_programs for channel in self._channels())
+        setting = (tuple(replicas), tuple(self._shares), num_batches, overlap, ends)
+        # By shape, replica and plan.
+        self._compiled: dict[tuple[tuple[int, int], int, SlicePlan], jax.stages.Compiled] = model.kept.of(setting)
 
     def prepare(self, bucket: Bucket, num_batches: int) -> None:
         if (bucket, num_batches) in self._prepared:
@@ -170,7 +174,10 @@ class SplitExecutor(Executor):
 
         def compile_slice(replica: int, k: int, plan: SlicePlan) -> jax.stages.Compiled:
             own = [specs[i] for i in parts.slices[k].weights] if specs else []
-            return self._compile(shape, replica, parts.programs[plan.program], plan, own)
+            key = (shape, replica, plan)
+            if key not in self._compiled:
+                self._compiled[key] = self._compile(shape, replica, parts.programs[plan.program], plan, own)
+            return self._compiled[key]
 
         return _SlicedModel(parts, compile_slice, self._weights_of(traced))
 

@@ -5,7 +5,7 @@ import dataclasses
 import enum
 import importlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -245,6 +245,11 @@ class Channel(abc.ABC):
 
         Once it is closed another one may have its number: programs that name a closed channel must not run.
         """
+
+    @property
+    def in_programs(self) -> tuple[Hashable, ...]:
+        """All that a compiled program has of this end: it may use a later one of which this is equal."""
+        return (type(self), self.id, self.device, self.role, self.slot_bytes)
 
     @property
     @abc.abstractmethod

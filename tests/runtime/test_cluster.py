@@ -30,6 +30,7 @@ from lamina_jax.testing import write_tiny_checkpoint
 KILL_SEEDS = range(int(os.environ.get("LAMINA_KILL_SEEDS", "3")))
 LONG_S = 120.0
 WAITING = "waiting for "
+COMPILED = "Finished XLA compilation"
 
 
 class Process:
@@ -247,6 +248,19 @@ def test_sigterm_ends_a_worker_that_tells_why(workers, checkpoint, expected, rol
         assert workers.processes[role].end() == 0
         workers.start(role)
         assert tokens(llm) == expected
+
+
+def test_session_like_the_one_before_compiles_nothing(workers, checkpoint, expected):
+    for role in workers.addresses:
+        workers.replace(role, JAX_LOG_COMPILES="1")
+    counts = []
+    for _ in range(2):
+        with LLM(checkpoint, cluster=workers.cluster, **SETTINGS) as llm:
+            assert tokens(llm) == expected
+        workers.expect_idle()
+        counts.append([sum(COMPILED in line for line in process.lines) for process in workers.processes.values()])
+    assert all(counts[0])
+    assert counts[1] == counts[0]
 
 
 def test_sigterm_while_a_worker_waits(workers):

@@ -13,6 +13,7 @@ from lamina_jax.engine.config import EngineConfig
 from lamina_jax.runtime import executor, gpu_options
 from lamina_jax.runtime.assembly import claim_gpus
 from lamina_jax.runtime.attention_worker import AttentionWorker
+from lamina_jax.runtime.kept import KeptPrograms
 from lamina_jax.runtime.messages import AttentionWorkerConfig
 from lamina_jax.runtime.model_worker import ModelWorker
 from lamina_jax.testing import write_tiny_checkpoint
@@ -67,7 +68,7 @@ def test_attention_worker_looks_at_its_channels_when_a_step_has_run(monkeypatch)
     inbox = attach(ends[0].address, role="reader", peer="model worker")
     outbox = attach(ends[1].address, role="writer", peer="model worker")
     with ends[0], ends[1], inbox, outbox:
-        worker = AttentionWorker(config, [inbox], [outbox])
+        worker = AttentionWorker(config, [inbox], [outbox], KeptPrograms())
         worker._in_flight.append(jnp.zeros(3).block_until_ready())
         worker.reap()
         assert not worker._in_flight

@@ -13,6 +13,7 @@ from lamina_jax.attention.params import AttendParams
 from lamina_jax.runtime import control_tcp
 from lamina_jax.runtime.attention_worker import AttentionServant
 from lamina_jax.runtime.control_tcp import SessionEnded
+from lamina_jax.runtime.kept import KeptPrograms
 from lamina_jax.runtime.messages import AttentionWorkerConfig, Bucket, Configure, Prepare
 from lamina_jax.runtime.serving import MessageError, Servant, serve
 
@@ -187,7 +188,7 @@ def configuration(*messages: str) -> Configure:
 
 
 def test_messages_that_differ_name_both_sides():
-    servant = AttentionServant(lambda message: None, peer="model worker on elsewhere")
+    servant = AttentionServant(lambda message: None, KeptPrograms(), peer="model worker on elsewhere")
     own = r"q float32\[1, 16, 4, 8\], kv float32\[1, 16, 2, 8\] float32\[1, 16, 2, 8\], attended float32\[1, 16, 4, 8\]"
     with pytest.raises(
         RuntimeError, match=f"^attention worker 7 expects .* {own}, the model worker on elsewhere has q"
@@ -196,6 +197,6 @@ def test_messages_that_differ_name_both_sides():
 
 
 def test_message_out_of_turn_is_refused():
-    servant = AttentionServant(lambda message: None)
+    servant = AttentionServant(lambda message: None, KeptPrograms())
     with pytest.raises(MessageError, match="Prepare came before Configure"):
         servant.obey(Prepare(bucket=Bucket(batch=1, tokens=1, max_pages=1), num_batches=1))

@@ -23,7 +23,7 @@ _ERROR_STATE: Final = 6  # IBV_QPS_ERR
 _CAPABILITY_VERSION: Final = 0x20080522  # _LINUX_CAPABILITY_VERSION_3
 _CAP_IPC_LOCK: Final = 14
 _LITTLE_BYTES: Final = 4096
-_LATE_S: Final = 3.0
+_LATE_S: Final = 0.3
 
 
 class SmallCompletionQueue(rc_queue_pair.CompletionQueue):
