@@ -249,20 +249,20 @@ def main(argv: list[str]) -> None:
 def _show(
     native: dict[str, Any], copied: dict[str, Any], jitted: dict[str, Any], perftest: dict[str, Any] | None
 ) -> None:
-    def line(
-        ours: list[float], theirs: list[float] | None, copied: list[float], jitted: float | None, unit: str
-    ) -> str:
-        ratio = f" ({statistics.median(ours) / statistics.median(theirs):.2f}x of perftest)" if theirs else ""
-        in_program = "" if jitted is None else f", {jitted:8.2f} jitted"
-        native = f"{statistics.median(ours):8.2f} {unit} native{ratio}"
-        return f"{native}, {statistics.median(copied):8.2f} copied{in_program}"
-
     for size, turns in native["us"].items():
-        theirs = perftest and perftest["us"][size]
-        print(f"{size:8d} bytes: {line(turns, theirs, copied['us'][size], jitted['us'].get(size), 'us')}")
-    theirs = perftest and perftest["mib_per_s"]
-    print(f"{_LARGE:8d} bytes: {line(native['mib_per_s'], theirs, copied['mib_per_s'], jitted['mib_per_s'], 'MiB/s')}")
+        theirs = perftest["us"][size] if perftest else None
+        print(f"{size:8d} bytes: {_line('us', turns, theirs, copied['us'][size], jitted['us'].get(size))}")
+    theirs = perftest["mib_per_s"] if perftest else None
+    print(f"{_LARGE:8d} bytes: {_line('MiB/s', native['mib_per_s'], theirs, copied['mib_per_s'], jitted['mib_per_s'])}")
     print(json.dumps({"native": native, "copied": copied, "jitted": jitted, "perftest": perftest}))
+
+
+def _line(
+    unit: str, native: list[float], perftest: list[float] | None, copied: list[float], jitted: float | None
+) -> str:
+    ratio = f" ({statistics.median(native) / statistics.median(perftest):.2f}x of perftest)" if perftest else ""
+    in_program = "" if jitted is None else f", {jitted:8.2f} jitted"
+    return f"{statistics.median(native):8.2f} {unit} native{ratio}, {statistics.median(copied):8.2f} copied{in_program}"
 
 
 if __name__ == "__main__":

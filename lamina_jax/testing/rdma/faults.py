@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from lamina_jax.runtime.attention_worker import AttentionWorker
+from lamina_jax.runtime.messages import RunStep
 from lamina_jax.transport import rc_queue_pair, verbs
 
 _ERROR_STATE: Final = 6  # IBV_QPS_ERR
@@ -50,13 +52,11 @@ def _lock_little_memory() -> None:
 
 def _overrun_completion_queues() -> None:
     """From the next session on: steps begin late, so that queues hold what messages come meanwhile."""
-    from lamina_jax.runtime.attention_worker import AttentionWorker
-
     dispatch = AttentionWorker.dispatch
 
-    def late(worker: AttentionWorker, message: Any) -> None:
+    def late(self: AttentionWorker, message: RunStep) -> None:
         time.sleep(_LATE_S)
-        dispatch(worker, message)
+        dispatch(self, message)
 
     AttentionWorker.dispatch = late
     verbs.CompletionQueue = SmallCompletionQueue
