@@ -39,6 +39,9 @@ constexpr auto kProbeInterval = std::chrono::milliseconds(250);
 constexpr Nanoseconds kLeastNap = std::chrono::microseconds(100);
 constexpr auto kLinger = std::chrono::seconds(2);
 constexpr auto kLingerLook = std::chrono::microseconds(200);
+// How long after a failure, and how often, a port is looked at that may be about to go down.
+constexpr auto kPortTells = std::chrono::milliseconds(100);
+constexpr auto kPortPause = std::chrono::milliseconds(10);
 
 // A credit costs as much as a message, so a reader that keeps up gives back rarely, and while it has nothing else to do:
 // once it owes so many. The writer then still has a slot, so neither waits for the other.
@@ -323,7 +326,7 @@ void VerbsChannel::Drain() {
 void VerbsChannel::Take(const ibv_wc& completion) {
   if (completion.status != IBV_WC_SUCCESS) {
     // The first says why, the rest were flushed.
-    Lost(Explain(completion));
+    if (loss_.empty()) Lost(Explain(completion));
     return;
   }
   if (completion.wr_id != kReceive) {
@@ -368,11 +371,16 @@ std::string VerbsChannel::Explain(const ibv_wc& completion) const {
   }
 }
 
-// Empty while the port of this end is up.
+// Empty if the port of this end stays up: requests may fail a moment before it is known to be down.
 std::string VerbsChannel::PortState() const {
-  std::string state;
-  std::getline(std::ifstream(port_.state_file), state);
-  return state.empty() || state.find("ACTIVE") != std::string::npos ? "" : "; its port is " + state;
+  for (auto left = kPortTells; left > left.zero(); left -= kPortPause) {
+    std::string state;
+    std::getline(std::ifstream(port_.state_file), state);
+    if (state.empty()) break;
+    if (state.find("ACTIVE") == std::string::npos) return "; its port is " + state;
+    std::this_thread::sleep_for(kPortPause);
+  }
+  return "";
 }
 
 std::string VerbsChannel::PostFailed(int error) const {

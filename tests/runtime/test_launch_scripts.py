@@ -4,34 +4,18 @@ import os
 import signal
 import socket
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from launching import CLUSTER_FILE, ROOT, cluster_file, command
 
 from lamina_jax.runtime.cluster_key import make_key_file
 
-ROOT = Path(__file__).parents[2]
 LOOPBACK = str(ROOT / "configs" / "clusters" / "loopback.py")
-FILE = "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({fields!r})\n"
-
-
-def command(script, *flags):
-    return [sys.executable, str(ROOT / "scripts" / script), *flags]
 
 
 def run(script, *flags, environment=()) -> subprocess.CompletedProcess:
     env = {**os.environ, **dict(environment)}
     return subprocess.run(command(script, *flags), capture_output=True, text=True, timeout=120, env=env)
-
-
-def cluster_file(path, *, key_file=None, transport="auto"):
-    """A cluster on free ports of loopback; its addresses."""
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
-        model, attention = (f"tcp://127.0.0.1:{s.getsockname()[1]}" for s in (one, two))
-    fields = {"model_worker": model, "attention_workers": [attention], "transport": transport, "key_file": key_file}
-    path.write_text(FILE.format(fields=fields))
-    return model, attention
 
 
 @pytest.mark.parametrize("script", ["launch_model_worker.py", "launch_attention_worker.py"])
@@ -68,7 +52,7 @@ def test_mistakes_are_reported_in_one_line(script, flags, message):
 
 
 def test_a_file_that_is_no_cluster_is_reported_in_one_line(tmp_path):
-    (tmp_path / "c.py").write_text(FILE.format(fields={"model_workers": "tcp://127.0.0.1:1"}))
+    (tmp_path / "c.py").write_text(CLUSTER_FILE.format(fields={"model_workers": "tcp://127.0.0.1:1"}))
     done = run("launch_model_worker.py", f"--cluster={tmp_path}/c.py")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()

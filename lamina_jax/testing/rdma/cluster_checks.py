@@ -167,7 +167,7 @@ def _faults_of_a_worker(machines: tuple[Machine, ...], calls: "_Calls") -> Itera
     refused = rf"{on_b}, channel to model worker on a: the NIC cannot register \d+ bytes of memory: .*`ulimit -l`"
     yield calls.fails("memory is refused", refused, after=finished, but=failed_pair)
     _have_faults(b, "sound", "completion queues overrun")
-    overrun = rf"the device reports: .*CQ.* of {DEVICE} on b"
+    overrun = rf"the device reports: CQ error \({DEVICE} on b\)"
     yield calls.fails("completion queues overrun", overrun, after=calls.finished, but=refused)
     _have_faults(b, "sound")
     yield calls.next_are_exact("tokens once the worker is sound", within_s=_START_S, skip=0)
