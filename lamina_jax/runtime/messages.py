@@ -3,12 +3,17 @@
 Tensors of a step never travel here, only through channels; what does is sent ahead of the step that needs it.
 """
 
+from typing import Annotated
+
 import msgspec
 
 from lamina_jax.attention.params import AttendParams
 from lamina_jax.attention.quantization import AUTO
 from lamina_jax.runtime.schedule import num_replicas
 from lamina_jax.transport import ChannelAddress
+
+_Count = Annotated[int, msgspec.Meta(ge=1)]
+_Index = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class AttentionWorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,11 +47,11 @@ class AttentionWorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
 class Bucket(msgspec.Struct, frozen=True, kw_only=True):
     """A compiled shape that a step is padded to."""
 
-    batch: int
+    batch: _Count
     """Sequences."""
-    tokens: int
+    tokens: _Count
     """New tokens of each sequence; 1 in decoding."""
-    max_pages: int
+    max_pages: _Count
     """Width of the block tables."""
 
 
@@ -82,7 +87,7 @@ class RunStep(msgspec.Struct, tag=True):
     """Model worker: run one step of some batches, layer by layer in turn. Arrays are int32 in native byte order."""
 
     bucket: Bucket
-    batches: tuple[int, ...]
+    batches: tuple[_Index, ...]
     """Numbers of the batches, below the number of channels."""
     context_lens: bytes
     """[len(batches), batch]"""
@@ -224,7 +229,7 @@ class PlannedBatch(msgspec.Struct, frozen=True, kw_only=True):
     """A `plan.StepPlan`; arrays are in native byte order, with the shapes and dtypes given there."""
 
     bucket: Bucket
-    batch: int
+    batch: _Index
     tokens: bytes | None
     slots: bytes
     context_lens: bytes

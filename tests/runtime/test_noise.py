@@ -400,6 +400,18 @@ def test_every_message_comes_through(taker):
     assert decode_plan(_PLAN).slots.tolist() == [0] * 4
 
 
+@pytest.mark.parametrize(
+    ("taker", "message"),
+    [
+        ("attention worker", messages.Prepare(messages.Bucket(batch=-1, tokens=1, max_pages=8), 1)),
+        ("attention worker", messages.RunStep(_BUCKET, (-1,), bytes(16), bytes(16), bytes(128))),
+        ("model worker", messages.RunPlans(0, (msgspec.structs.replace(_PLAN, batch=-1),))),
+    ],
+)
+def test_numbers_that_count_nothing_are_refused(taker, message):
+    assert decode(wire.pack(bytes(16), 0, wire.encode(message)), TAKEN[taker][0]) is None
+
+
 @takers
 @settings(max_examples=500)
 @given(frames=st.lists(st.binary(max_size=200), max_size=5))
