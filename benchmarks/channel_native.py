@@ -25,7 +25,7 @@ from absl import app, flags
 from ping_pong import make_drain, make_fill, make_ping, make_pong, message, spec
 
 from lamina_jax import _custom_calls
-from lamina_jax.testing.rdma.perftest import ThisHost, write_bandwidth, write_latency
+from lamina_jax.testing.rdma.perftest import write_bandwidth, write_latency
 from lamina_jax.transport import Channel, MessageSpec, Tag, attach, channel_class
 from lamina_jax.transport.rdma_devices import choose_verbs_port
 
@@ -126,19 +126,17 @@ class _Perftest:
 
     def __init__(self, device: str):
         port = choose_verbs_port(device)
-        self._over: dict[str, Any] = {"device": port.nic, "gid_index": port.gid_index, "address": "127.0.0.1"}
+        self._over: dict[str, Any] = {"device": port.nic, "gid_index": port.gid_index}
         self.figures: dict[str, Any] = {"us": collections.defaultdict(list), "mib_per_s": []}
 
     def play(self, sizes: list[int], rounds: int, messages: int, *, streams: bool) -> None:
         """A turn; to start ib_write_bw takes longer than all else, so not every turn has one."""
-        here = ThisHost()
         for size in sizes:
-            latency = write_latency(here, here, nbytes=size, iterations=_rounds(size, rounds), **self._over)
-            self.figures["us"][size].append(latency.median_us)
+            latency_us = write_latency(nbytes=size, iterations=_rounds(size, rounds), **self._over)
+            self.figures["us"][size].append(latency_us)
         if not streams:
             return
-        bandwidth = write_bandwidth(here, here, nbytes=_LARGE, iterations=messages, **self._over)
-        self.figures["mib_per_s"].append(bandwidth.mean_mib_s)
+        self.figures["mib_per_s"].append(write_bandwidth(nbytes=_LARGE, iterations=messages, **self._over))
 
 
 class _Peer:

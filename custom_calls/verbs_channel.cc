@@ -39,9 +39,9 @@ constexpr auto kProbeInterval = std::chrono::milliseconds(250);
 constexpr Nanoseconds kLeastNap = std::chrono::microseconds(100);
 constexpr auto kLinger = std::chrono::seconds(2);
 constexpr auto kLingerLook = std::chrono::microseconds(200);
-// How long after a failure, and how often, a port is looked at that may be about to go down.
-constexpr auto kPortTells = std::chrono::milliseconds(100);
-constexpr auto kPortPause = std::chrono::milliseconds(10);
+// Requests fail a moment before a port is known to be down. It is looked at for so long, and so often.
+constexpr std::chrono::milliseconds kPortTells{100};
+constexpr std::chrono::milliseconds kPortPause{10};
 
 // A credit costs as much as a message, so a reader that keeps up gives back rarely, and while it has nothing else to do:
 // once it owes so many. The writer then still has a slot, so neither waits for the other.
@@ -356,7 +356,8 @@ void VerbsChannel::Lost(const std::string& why) {
 
 std::string VerbsChannel::Explain(const ibv_wc& completion) const {
   const std::string said = std::string(TheVerbsLibrary().status_text(completion.status)) + ", status " +
-                           std::to_string(completion.status) + " of " + port_.where + PortState();
+                           std::to_string(completion.status) + " of " + port_.where +
+                           PortState(completion.status == IBV_WC_LOC_QP_OP_ERR ? kPortTells : kPortPause);
   switch (completion.status) {
     case IBV_WC_RETRY_EXC_ERR:
       return "the peer does not answer any more: its process or host has died, or the link is down (" + said + ")";
@@ -371,16 +372,16 @@ std::string VerbsChannel::Explain(const ibv_wc& completion) const {
   }
 }
 
-// Empty if the port of this end stays up: requests may fail a moment before it is known to be down.
-std::string VerbsChannel::PortState() const {
-  for (auto left = kPortTells; left > left.zero(); left -= kPortPause) {
+// Empty if the port of this end stays up for so long.
+std::string VerbsChannel::PortState(std::chrono::milliseconds patience) const {
+  while (true) {
     std::string state;
     std::getline(std::ifstream(port_.state_file), state);
-    if (state.empty()) break;
+    if (state.empty()) return "";
     if (state.find("ACTIVE") == std::string::npos) return "; its port is " + state;
+    if ((patience -= kPortPause) <= patience.zero()) return "";
     std::this_thread::sleep_for(kPortPause);
   }
-  return "";
 }
 
 std::string VerbsChannel::PostFailed(int error) const {

@@ -106,7 +106,7 @@ class VerbsChannel final : public ChannelEnd {
   void Take(const ibv_wc& completion);
   void Probe();
   void Lost(const std::string& why);
-  std::string PortState() const;
+  std::string PortState(std::chrono::milliseconds patience) const;
   std::string Explain(const ibv_wc& completion) const;
   std::string PostFailed(int error) const;
 

@@ -106,7 +106,10 @@ class AttentionWorker:
         self._compiled[bucket, num_batches] = lowered.compile(compiler_options=compiler_options(platform))
 
     def dispatch(self, message: RunStep) -> None:
-        """Puts one step of some batches on the device; returns before it has run."""
+        """Puts one step of some batches on the device; returns before it has run. Raises MessageError if there is no
+        such batch."""
+        if max(message.batches) >= (known := len(self._stamps)):
+            raise MessageError(f"expected batches below {known}, got {message.batches}")
         bucket, count = message.bucket, len(message.batches)
         self.prepare(bucket, count)
         array = lambda data, *shape: np.frombuffer(data, np.int32).reshape(count, bucket.batch, *shape)  # noqa: E731

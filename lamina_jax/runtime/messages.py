@@ -79,7 +79,7 @@ class Prepare(msgspec.Struct, tag=True):
     """Model worker: compile this bucket now for so many batches, so that no step has to wait for it."""
 
     bucket: Bucket
-    num_batches: int
+    num_batches: _Count
     """Batches that take their steps together."""
 
 
@@ -87,7 +87,7 @@ class RunStep(msgspec.Struct, tag=True):
     """Model worker: run one step of some batches, layer by layer in turn. Arrays are int32 in native byte order."""
 
     bucket: Bucket
-    batches: tuple[_Index, ...]
+    batches: Annotated[tuple[_Index, ...], msgspec.Meta(min_length=1)]
     """Numbers of the batches, below the number of channels."""
     context_lens: bytes
     """[len(batches), batch]"""
@@ -245,7 +245,7 @@ class RunPlans(msgspec.Struct, tag=True):
 
     step: int
     """Its number, from 0; the answer has the same."""
-    batches: tuple[PlannedBatch, ...]
+    batches: Annotated[tuple[PlannedBatch, ...], msgspec.Meta(min_length=1)]
 
 
 class Sampled(msgspec.Struct, tag=True):

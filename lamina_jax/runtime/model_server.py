@@ -1,6 +1,7 @@
 """The model worker of a cluster: a process that obeys an engine, and has attention workers obey it."""
 
 import dataclasses
+import gc
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -65,8 +66,9 @@ class _Weights:
         files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in directory.iterdir())
         key = (directory, files, dtype, places[0])
         if key != self._key or self._model is None:
-            # Before the next model is there: two need not fit.
+            # Before the next model is there: two need not fit. A model remembers its own method, which is a cycle.
             self._model = None
+            gc.collect()
             self._model = load(directory, dtype=dtype, place=places[0])
             self._key = key
         return self._model

@@ -71,6 +71,8 @@ def serve(listener: ControlListener, make_servant: Callable[[Session], Servant],
         while (session := _next_session(listener, ending, name, waits_for)) is not None:
             logging.info("%s: session with %s on %s", name, waits_for, session.peer)
             reason = _serve_session(session, make_servant(session), ending)
+            # Tracebacks make cycles, which would keep the cache of this session until after that of the next is made.
+            gc.collect()
             logging.info("%s: session over: %s", name, reason)
     finally:
         for number, handler in before.items():
@@ -115,8 +117,6 @@ def _serve_session(session: Session, servant: Servant, ending: threading.Event) 
         logging.flush()
         os._exit(1)
     servant.close()
-    # Tracebacks make cycles, which would keep the cache of this session until after that of the next is made.
-    gc.collect()
     end(reason)
     return reason
 

@@ -127,7 +127,7 @@ class Link:
 
     Raises:
         ImportError: pyverbs, rdma-core or the CUDA build of the custom calls is missing.
-        ValueError: An argument is out of range, or the port's GID index has no address.
+        ValueError: An argument is out of range.
         OSError: The NIC refuses.
     """
 

@@ -7,6 +7,7 @@ rdma-core.
 
 import contextlib
 import ctypes
+import errno
 import ipaddress
 import os
 from typing import Any, Final
@@ -154,7 +155,6 @@ class RcQueuePair:
 
     Raises:
         OSError: the NIC refuses.
-        ValueError: the GID index has no address.
     """
 
     def __init__(
@@ -193,11 +193,14 @@ class RcQueuePair:
 
     @property
     def address(self) -> QpAddress:
-        """What the peer passes to `connect`."""
+        """What the peer passes to `connect`. Raises OSError if the port has lost its address."""
         port = self._context.query_port(self._port)
         gid = ipaddress.IPv6Address(self._context.query_gid(self._port, self._gid_index).gid).packed
         if port.link_layer == _ETHERNET and not any(gid):
-            raise ValueError(f"GID index {self._gid_index} of port {self._port} has no address; see `show_gids`")
+            raise OSError(
+                errno.EADDRNOTAVAIL,
+                f"GID index {self._gid_index} of port {self._port} has no address any more; see `show_gids`",
+            )
         return QpAddress(qpn=self.number, psn=self._psn, lid=port.lid, gid=gid, mtu=int(port.active_mtu))
 
     def initialize(self) -> None:

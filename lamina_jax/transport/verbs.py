@@ -237,7 +237,6 @@ class _End:
         self._qp = qp
         self._closing = threading.Lock()
         self._closed = False
-        _ends.add(self)
         self._location = _Location(
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -246,6 +245,7 @@ class _End:
             region=handle.region,
             rkey=memory_region.rkey,
         )
+        _ends.add(self)
 
     @classmethod
     def make(cls, *, role: Role, num_slots: int, slot_bytes: int, nic: str | None, device: int | None, **options: Any):

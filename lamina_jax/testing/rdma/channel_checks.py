@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Final
@@ -16,6 +16,10 @@ from lamina_jax.testing.rdma.programs import run_here
 from lamina_jax.testing.rdma.report import Row, failed, judged
 
 _LATENCY_NBYTES: Final = (2, 2048, 32768)
+_STREAM: Final = "stream"
+_SIZES: Final = (*map(str, _LATENCY_NBYTES), _STREAM)
+_Figures = Mapping[str, Mapping[str, list[float]]]
+"""By how a channel is used, or perftest, and by size, the figures of turns."""
 _BANDWIDTH_NBYTES: Final = 1 << 20
 KILL_SEEDS: Final = int(os.environ.get("LAMINA_KILL_SEEDS", "1"))
 """How many seeds choose when peers and workers are killed."""
@@ -48,12 +52,14 @@ _CHANNEL: Final = (
     *(sys.executable, "benchmarks/channel_native.py"),
     f"--sizes={','.join(map(str, _LATENCY_NBYTES))}",
 )
+_MOST_SETS: Final = 3
+"""Of turns. If a set's medians are out of bounds, another is measured, and the best one counts: what else the host does
+moves medians by a quarter."""
 _TURNS: Final = 5
 _ROUNDS: Final = 2000
 """Of a turn. The speed of the host changes by a factor of two within tens of milliseconds, so few tell nothing."""
 _SPIN_US: Final = 10000
 """Longer than a wait lasts here: perftest never sleeps either."""
-_JUDGED_NBYTES: Final = "2"
 _MOST_LATENCY: Final = 1.3
 _LEAST_BANDWIDTH: Final = 0.8
 """Of perftest's."""
@@ -64,39 +70,49 @@ _ON_LOOPBACK: Final = {"LAMINA_RDMA_DEVICE": LOOPBACK_DEVICE}
 
 def prepare_beside_perftest(folder: Path) -> None:
     """Compiles the programs of the benchmark."""
-    few = ["--turns=1", "--rounds=50", "--messages=5"]
+    few = ["--turns=1", "--rounds=50"]
     run_here([*_CHANNEL, "--kind=shm", *few], folder=folder, cwd=ROOT, timeout_s=120.0)
 
 
 def beside_perftest(machines: tuple[Machine, ...]) -> Iterator[Row]:
-    """A channel's ping-pong and bandwidth beside ib_write_lat and ib_write_bw, in turn on one device.
+    """A channel's ping-pong and bandwidth beside ib_write_lat and ib_write_bw, in turn on one device, by medians."""
+    sets: list[_Figures] = []
+    while len(sets) < _MOST_SETS and not (sets and all(_best(sets, size)[1] for size in _SIZES)):
+        sets.append(_measure(machines[0]))
+    for size in _SIZES:
+        figures, good = _best(sets, size)
+        unit, peer = ("MiB/s", "ib_write_bw") if size == _STREAM else ("us", "ib_write_lat")
+        name = f"verbs {_BANDWIDTH_NBYTES >> 20} MB messages" if size == _STREAM else f"verbs {size} B, one way"
+        yield judged(
+            name,
+            good,
+            f"{_spread(figures['native'][size])}, {_ratio(figures, size):.2f}x of {peer}'s "
+            f"{_spread(figures['perftest'][size])} {unit}; copied {median(figures['copied'][size]):.1f}, "
+            f"through XLA {figures['jitted'][size][0]:.1f}" + (f"; best of {len(sets)}" if len(sets) > 1 else ""),
+        )
 
-    The figures depend on what else the two cores do, so medians are told, and what is judged is the best turn of the
-    channel beside perftest's median: at perftest's own 2 bytes, and the bandwidth.
-    """
+
+def _measure(machine: Machine) -> _Figures:
     length = [f"--turns={_TURNS}", f"--rounds={_ROUNDS}", f"--spin_us={_SPIN_US}"]
     command = [*_CHANNEL, "--kind=verbs", f"--perftest={LOOPBACK_DEVICE}", *length]
-    output = machines[0].run(command, env=_ON_LOOPBACK, timeout_s=240, name="channel")
-    ours = json.loads(output.strip().splitlines()[-1])
-    native, copied, jitted, theirs = (ours[how] for how in ("native", "copied", "jitted", "perftest"))
-    for n in map(str, _LATENCY_NBYTES):
-        best = min(native["us"][n]) / median(theirs["us"][n])
-        yield judged(
-            f"verbs {n} B, one way",
-            n != _JUDGED_NBYTES or best <= _MOST_LATENCY,
-            f"{_beside(native['us'][n], theirs['us'][n])} of ib_write_lat's {_spread(theirs['us'][n])} us; "
-            f"copied {median(copied['us'][n]):.1f}, through XLA {jitted['us'][n]:.1f}",
-        )
-    yield judged(
-        f"verbs {_BANDWIDTH_NBYTES >> 20} MB messages",
-        max(native["mib_per_s"]) / median(theirs["mib_per_s"]) >= _LEAST_BANDWIDTH,
-        f"{_beside(native['mib_per_s'], theirs['mib_per_s'])} of ib_write_bw's {_spread(theirs['mib_per_s'])} MiB/s; "
-        f"copied {median(copied['mib_per_s']):.1f}, through XLA {jitted['mib_per_s']:.1f}",
-    )
+    output = machine.run(command, env=_ON_LOOPBACK, timeout_s=240, name="channel")
+    said = json.loads(output.strip().splitlines()[-1])
+    jitted = {size: [us] for size, us in said["jitted"]["us"].items()} | {_STREAM: [said["jitted"]["mib_per_s"]]}
+    turns = {how: said[how]["us"] | {_STREAM: said[how]["mib_per_s"]} for how in ("native", "copied", "perftest")}
+    return turns | {"jitted": jitted}
 
 
-def _beside(ours: list[float], theirs: list[float]) -> str:
-    return f"{_spread(ours)}, {median(ours) / median(theirs):.2f}x"
+def _best(sets: Sequence[_Figures], size: str) -> tuple[_Figures, bool]:
+    """The set in which the channel does best beside perftest, and whether that is good enough."""
+    if size == _STREAM:
+        best = max(sets, key=lambda figures: _ratio(figures, size))
+        return best, _ratio(best, size) >= _LEAST_BANDWIDTH
+    best = min(sets, key=lambda figures: _ratio(figures, size))
+    return best, _ratio(best, size) <= _MOST_LATENCY
+
+
+def _ratio(figures: _Figures, size: str) -> float:
+    return median(figures["native"][size]) / median(figures["perftest"][size])
 
 
 def _spread(figures: list[float]) -> str:

@@ -77,7 +77,7 @@ CHECKS: Final = (
         name="channel beside perftest",
         run=beside_perftest,
         num_machines=1,
-        limit_s=300,
+        limit_s=500,
         prepare=prepare_beside_perftest,
     ),
     Check(

@@ -153,7 +153,8 @@ def _workers_killed(
     # None if it had no session yet: then it is waited for.
     errors = calls.errors(after=finished)
     named = all(re.search(_is_lost(victim, host), error) for error in errors)
-    yield judged(f"{victim} killed {delay_s:.1f} s after that", named, "; ".join(errors))
+    detail = "; ".join(errors) or "before it had a session"
+    yield judged(f"{victim} killed {delay_s:.1f} s after that", named, detail)
 
 
 def _faults_of_a_worker(machines: tuple[Machine, ...], calls: "_Calls") -> Iterator[Row]:

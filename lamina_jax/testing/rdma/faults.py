@@ -43,7 +43,9 @@ def fail_queue_pair(end: "verbs._End") -> None:
 
 def _fail_queue_pairs() -> None:
     for end in list(verbs._ends):
-        fail_queue_pair(end)
+        with end._closing:
+            if not end._closed:
+                fail_queue_pair(end)
 
 
 def _lock_little_memory() -> None:
@@ -106,6 +108,8 @@ def main(fifo: str, script: str, *arguments: str) -> None:
     """Runs the script until it ends."""
     _be_sound()
     _give_up_capability(_CAP_IPC_LOCK)
+    # One that was killed has left its own.
+    Path(fifo).unlink(missing_ok=True)
     os.mkfifo(fifo)
     threading.Thread(target=_obey, args=(Path(fifo),), name="faults", daemon=True).start()
     sys.argv = [script, *arguments]

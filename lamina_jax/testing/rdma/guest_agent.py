@@ -140,6 +140,8 @@ def _kill_descendants(staying: set[int] | None = None, limit_s: float = 10.0) ->
                 if command:
                     killed.setdefault(pid, command.decode(errors="replace").strip())
         time.sleep(0.02)
+    for pid in alive - killed.keys():
+        killed[pid] = f"process {pid}, which does not end"
     return list(killed.values())
 
 
