@@ -106,10 +106,11 @@ class AttentionWorker:
         self._compiled[bucket, num_batches] = lowered.compile(compiler_options=compiler_options(platform))
 
     def dispatch(self, message: RunStep) -> None:
-        """Puts one step of some batches on the device; returns before it has run. Raises MessageError if there is no
-        such batch."""
-        if max(message.batches) >= (known := len(self._stamps)):
-            raise MessageError(f"expected batches below {known}, got {message.batches}")
+        """Puts one step of some batches on the device; returns before it has run. Raises MessageError if there are no
+        such batches."""
+        known, asked = len(self._stamps), set(message.batches)
+        if max(asked) >= known or len(asked) < len(message.batches):
+            raise MessageError(f"expected different batches below {known}, got {message.batches}")
         bucket, count = message.bucket, len(message.batches)
         self.prepare(bucket, count)
         array = lambda data, *shape: np.frombuffer(data, np.int32).reshape(count, bucket.batch, *shape)  # noqa: E731

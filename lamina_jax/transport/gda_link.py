@@ -182,7 +182,7 @@ class Link:
 
     @property
     def address(self) -> QpAddress:
-        """What the peer passes to `connect`."""
+        """What the peer passes to `connect`. Raises OSError if the port has no address."""
         return self._qp.address
 
     def connect(self, peer: QpAddress) -> None:

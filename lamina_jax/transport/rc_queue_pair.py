@@ -193,13 +193,13 @@ class RcQueuePair:
 
     @property
     def address(self) -> QpAddress:
-        """What the peer passes to `connect`. Raises OSError if the port has lost its address."""
+        """What the peer passes to `connect`. Raises OSError if the port has no address."""
         port = self._context.query_port(self._port)
         gid = ipaddress.IPv6Address(self._context.query_gid(self._port, self._gid_index).gid).packed
         if port.link_layer == _ETHERNET and not any(gid):
             raise OSError(
                 errno.EADDRNOTAVAIL,
-                f"GID index {self._gid_index} of port {self._port} has no address any more; see `show_gids`",
+                f"GID index {self._gid_index} of port {self._port} has no address; see `show_gids`",
             )
         return QpAddress(qpn=self.number, psn=self._psn, lid=port.lid, gid=gid, mtu=int(port.active_mtu))
 

@@ -288,15 +288,19 @@ class Launched:
         return self._process.memory_info().rss
 
     @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    @property
     def sessions(self) -> int:
         """How many it has served, or begun to serve."""
-        return self._log.read_text().count(": session with ")
+        return self.log.count(": session with ")
 
     def end(self) -> dict[str, int]:
         """Has it end; returns what came to it."""
         self._popen.terminate()
         assert self._popen.wait(60) == 0
-        (counters,) = re.findall(rf"ended; came to {self.address}: (.*)", self._log.read_text())
+        (counters,) = re.findall(rf"ended; came to {self.address}: (.*)", self.log)
         return {name: int(count) for name, count in re.findall(r"([a-z ]+) (\d+)(?:, |$)", counters)}
 
     def kill(self) -> None:
@@ -310,9 +314,10 @@ def ask(raw: Raw, number: int) -> Any:
     raw.say(request, 0, wire.Open(HERE))
     while True:
         assert raw.socket.poll(60_000)
-        asked, _, answer = wire.unpack(raw.socket.recv_multipart(), msgspec.msgpack.Decoder(wire.ToEngine))
-        if asked == request:
-            return answer
+        frames = raw.socket.recv_multipart()
+        # Before that may come whatever it says in a session.
+        if wire.unpack(frames, msgspec.msgpack.Decoder())[0] == request:
+            return wire.unpack(frames, msgspec.msgpack.Decoder(wire.ToEngine))[2]
 
 
 def open_when_free(raw: Raw, requests: Iterator[int]) -> bytes:
@@ -334,19 +339,28 @@ def make_noise(address: str, key: ClusterKey, said: Sequence[Any], *, num_messag
         assert "busy" in ask(raw, 1).reason
 
 
-def make_senseless_sessions(worker: Launched, key: ClusterKey, said: Sequence[Any], count: int) -> None:
-    """Sessions whose messages are numbered as they should be, and damaged, or right and out of turn."""
+def make_senseless_sessions(worker: Launched, key: ClusterKey, taker: str, count: int) -> int:
+    """Sessions whose messages are numbered as they should be, and damaged, or right and out of turn.
+
+    Returns how often they asked for a session.
+    """
     choose, requests, before = random.Random(5), itertools.count(1), worker.sessions
+    taken, said = TAKEN[taker]
     for i in range(count):
         with Raw(worker.address, key) as raw:
             session = open_when_free(raw, requests)
             # With its first message a session begins.
             raw.say(session, 0, wire.Beat())
             wait_until(lambda: worker.sessions == before + i + 1, "the session to begin")  # noqa: B023
-            for number in range(1, 4):
+            number = 1
+            for _ in range(3):
                 _, body = mutated(choose, [wire.pack(session, number, wire.encode(choose.choice(said)))])[:2]
-                raw.socket.send_multipart([wire.pack(session, number, b"")[0], body])
+                frames = [wire.pack(session, number, b"")[0], body]
+                raw.socket.send_multipart(frames)
+                # What does not decode is not counted as one of the session's.
+                number += decode(frames, taken) is not None
             ask(raw, next(requests))
+    return next(requests) - 1
 
 
 def test_workers_generate_through_noise(tmp_path, key, key_file):
@@ -356,7 +370,7 @@ def test_workers_generate_through_noise(tmp_path, key, key_file):
     with LLM(directory, num_attention_workers=0, **SETTINGS) as llm:
         expected = tokens(llm)
     model, attention = cluster_file(file, key_file=str(key_file))
-    flags, said = f"--cluster={file}", {model: _TO_MODEL, attention: _TO_ATTENTION}
+    flags, takers = f"--cluster={file}", ("model worker", "attention worker")
     with contextlib.ExitStack() as stack:
         workers = [
             Launched("launch_model_worker.py", flags, address=model, log=tmp_path / "model.log"),
@@ -370,8 +384,8 @@ def test_workers_generate_through_noise(tmp_path, key, key_file):
                 assert tokens(llm) == expected
             sizes = [worker.rss() for worker in workers]
             noise = [
-                pool.submit(make_noise, address, key, messages, num_messages=4800, num_visits=200)
-                for address, messages in said.items()
+                pool.submit(make_noise, worker.address, key, TAKEN[taker][1], num_messages=4800, num_visits=200)
+                for worker, taker in zip(workers, takers, strict=True)
             ]
             while not all(each.done() for each in noise):
                 assert tokens(llm) == expected
@@ -379,19 +393,23 @@ def test_workers_generate_through_noise(tmp_path, key, key_file):
                 each.result()
             assert tokens(llm) == expected
             assert max(worker.rss() - size for worker, size in zip(workers, sizes, strict=True)) < STRANGERS_ROOM
-        for worker in workers:
-            make_senseless_sessions(worker, key, said[worker.address], count=15)
+        asked = [
+            make_senseless_sessions(worker, key, taker, count=15) for worker, taker in zip(workers, takers, strict=True)
+        ]
         with LLM(directory, cluster=load_cluster(file), **SETTINGS) as llm:
             assert tokens(llm) == expected
-        for worker in workers:
+        for worker, refusal, num_asked in zip(
+            workers, ("came out of turn", "came before Configure"), asked, strict=True
+        ):
             assert worker.sessions == 17
             counters = worker.end()
+            assert refusal in worker.log
             noted = [counters[name] for name in ("malformed", "unknown session", "refused busy")]
             assert min(noted) > 0, counters
             # But for the first Bye, which is taken at its word.
             others = ("oversize", "refused mismatch", "replayed")
-            assert sum(noted) + sum(counters[name] for name in others) >= 4800 - 1, counters
-            assert counters["handshakes failed"] + counters["cut off"] >= 200, counters
+            assert sum(noted) + sum(counters[name] for name in others) - num_asked >= 4800 - 1, counters
+            assert counters["handshakes failed"] + counters["cut off"] >= 200 + 15, counters
 
 
 def decode(frames: list[bytes], taken: Any) -> Any | None:

@@ -2,22 +2,27 @@
 
 import dataclasses
 import os
+import re
 import signal
 import threading
 from collections import deque
 from typing import Any
 
+import msgspec
 import pytest
 
 from lamina_jax.attention.params import AttendParams
 from lamina_jax.runtime import control_tcp
+from lamina_jax.runtime.attention_step import message_list
 from lamina_jax.runtime.attention_worker import AttentionServant
 from lamina_jax.runtime.control_tcp import SessionEnded
 from lamina_jax.runtime.kept import KeptPrograms
-from lamina_jax.runtime.messages import AttentionWorkerConfig, Bucket, Configure, Prepare
+from lamina_jax.runtime.messages import AttentionWorkerConfig, Bucket, Configure, Prepare, RunStep
 from lamina_jax.runtime.serving import MessageError, Servant, serve
+from lamina_jax.transport import Role, ShmChannel
 
 TERM = "SIGTERM"
+ROLES: tuple[Role, ...] = ("writer", "reader")
 
 
 class Listener(control_tcp.ControlListener):
@@ -200,3 +205,18 @@ def test_message_out_of_turn_is_refused():
     servant = AttentionServant(lambda message: None, KeptPrograms())
     with pytest.raises(MessageError, match="Prepare came before Configure"):
         servant.obey(Prepare(bucket=Bucket(batch=1, tokens=1, max_pages=1), num_batches=1))
+
+
+@pytest.mark.parametrize("batches", [(1,), (0, 0)])
+def test_step_of_batches_that_there_are_not_is_refused(batches):
+    ends = [ShmChannel.create(role=role, peer="model worker", messages=[], slot_bytes=4096) for role in ROLES]
+    configure = configuration(*message_list(configuration().config))
+    addresses = {"inboxes": (ends[0].address,), "outboxes": (ends[1].address,)}
+    servant = AttentionServant(lambda message: None, KeptPrograms())
+    with ends[0], ends[1]:
+        servant.obey(msgspec.structs.replace(configure, **addresses))
+        step = RunStep(Bucket(batch=1, tokens=1, max_pages=1), batches, bytes(8), bytes(8), bytes(8))
+        with pytest.raises(MessageError, match=re.escape(f"expected different batches below 1, got {batches}")):
+            servant.obey(step)
+        servant.abort()
+        servant.close()

@@ -6,7 +6,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Final
@@ -52,9 +53,8 @@ _CHANNEL: Final = (
     *(sys.executable, "benchmarks/channel_native.py"),
     f"--sizes={','.join(map(str, _LATENCY_NBYTES))}",
 )
-_MOST_SETS: Final = 3
-"""Of turns. If a set's medians are out of bounds, another is measured, and the best one counts: what else the host does
-moves medians by a quarter."""
+_MORE_TURNS_S: Final = 100.0
+"""How long turns are added while medians are out of bounds: the host's other work moves those of five by a quarter."""
 _TURNS: Final = 5
 _ROUNDS: Final = 2000
 """Of a turn. The speed of the host changes by a factor of two within tens of milliseconds, so few tell nothing."""
@@ -76,19 +76,20 @@ def prepare_beside_perftest(folder: Path) -> None:
 
 def beside_perftest(machines: tuple[Machine, ...]) -> Iterator[Row]:
     """A channel's ping-pong and bandwidth beside ib_write_lat and ib_write_bw, in turn on one device, by medians."""
-    sets: list[_Figures] = []
-    while len(sets) < _MOST_SETS and not (sets and all(_best(sets, size)[1] for size in _SIZES)):
-        sets.append(_measure(machines[0]))
+    start = time.monotonic()
+    figures = _measure(machines[0])
+    while not all(_is_good(figures, size) for size in _SIZES) and time.monotonic() - start < _MORE_TURNS_S:
+        more = _measure(machines[0])
+        figures = {how: {size: figures[how][size] + more[how][size] for size in _SIZES} for how in figures}
     for size in _SIZES:
-        figures, good = _best(sets, size)
         unit, peer = ("MiB/s", "ib_write_bw") if size == _STREAM else ("us", "ib_write_lat")
-        name = f"verbs {_BANDWIDTH_NBYTES >> 20} MB messages" if size == _STREAM else f"verbs {size} B, one way"
+        native, theirs = figures["native"][size], figures["perftest"][size]
         yield judged(
-            name,
-            good,
-            f"{_spread(figures['native'][size])}, {_ratio(figures, size):.2f}x of {peer}'s "
-            f"{_spread(figures['perftest'][size])} {unit}; copied {median(figures['copied'][size]):.1f}, "
-            f"through XLA {figures['jitted'][size][0]:.1f}" + (f"; best of {len(sets)}" if len(sets) > 1 else ""),
+            f"verbs {_BANDWIDTH_NBYTES >> 20} MB messages" if size == _STREAM else f"verbs {size} B, one way",
+            _is_good(figures, size),
+            f"{_spread(native)}, {_ratio(figures, size):.2f}x of {peer}'s {_spread(theirs)} {unit}; copied "
+            f"{median(figures['copied'][size]):.1f}, through XLA {median(figures['jitted'][size]):.1f}; "
+            f"{len(native)} turns",
         )
 
 
@@ -102,13 +103,9 @@ def _measure(machine: Machine) -> _Figures:
     return turns | {"jitted": jitted}
 
 
-def _best(sets: Sequence[_Figures], size: str) -> tuple[_Figures, bool]:
-    """The set in which the channel does best beside perftest, and whether that is good enough."""
-    if size == _STREAM:
-        best = max(sets, key=lambda figures: _ratio(figures, size))
-        return best, _ratio(best, size) >= _LEAST_BANDWIDTH
-    best = min(sets, key=lambda figures: _ratio(figures, size))
-    return best, _ratio(best, size) <= _MOST_LATENCY
+def _is_good(figures: _Figures, size: str) -> bool:
+    ratio = _ratio(figures, size)
+    return ratio >= _LEAST_BANDWIDTH if size == _STREAM else ratio <= _MOST_LATENCY
 
 
 def _ratio(figures: _Figures, size: str) -> float:

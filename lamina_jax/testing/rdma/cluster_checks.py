@@ -153,7 +153,7 @@ def _workers_killed(
     # None if it had no session yet: then it is waited for.
     errors = calls.errors(after=finished)
     named = all(re.search(_is_lost(victim, host), error) for error in errors)
-    detail = "; ".join(errors) or "before it had a session"
+    detail = "; ".join(errors) or "no call failed"
     yield judged(f"{victim} killed {delay_s:.1f} s after that", named, detail)
 
 

@@ -72,10 +72,11 @@ def _run_pair(program: str, options: Sequence[str], timeout_s: float) -> str:
     deadline = time.monotonic() + timeout_s
     command = [program, "-p", str(_PORT), "-F", *options]
     with _Program(command) as listening:
-        try:
-            _wait_for_port(min(timeout_s, _LISTENING_S))
-        except TimeoutError as error:
-            raise OSError(errno.EIO, f"{program} does not listen on port {_PORT}: {listening.output}") from error
+        ready_by = time.monotonic() + min(timeout_s, _LISTENING_S)
+        while not _listens(_PORT):
+            if listening.ended or time.monotonic() > ready_by:
+                raise OSError(errno.EIO, f"{program} does not listen on port {_PORT}: {listening.output}")
+            time.sleep(0.01)
         with _Program([*command, _HERE]) as measuring:
             output = measuring.check(deadline - time.monotonic())
         listening.check(max(deadline - time.monotonic(), 1.0))
@@ -105,6 +106,10 @@ class _Program:
         self._log.close()
 
     @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    @property
     def output(self) -> str:
         """What it has written so far."""
         # Without moving the place where the program writes on.
@@ -120,14 +125,6 @@ class _Program:
         if status != 0:
             raise OSError(errno.EIO, f"{command} ended with status {status}\n{self.output}")
         return self.output
-
-
-def _wait_for_port(timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not _listens(_PORT):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"nothing has listened on port {_PORT} for {timeout_s:.0f} s")
-        time.sleep(0.01)
 
 
 def _listens(port: int) -> bool:
