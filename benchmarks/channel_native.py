@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -97,18 +97,18 @@ def _play_there(connection: Connection, game: _Game, jitted_rounds: int, waits: 
                 connection.send("ready")
                 pong().block_until_ready()
                 pong().block_until_ready()
-            connection.send(_drain(large, game.messages, lambda: connection.send("ready")))
+            _drain(connection, large, game.messages)
         connection.recv()
 
 
-def _drain(large: Channel, count: int, ready: Callable[[], None]) -> float:
-    """Seconds that a program takes to receive the second half of the stream that `_fill` sends."""
+def _drain(connection: Connection, large: Channel, count: int) -> None:
+    """Tells in how many seconds a program receives the second half of the stream that `_fill` sends."""
     drain = make_drain(large, _LARGE, count).lower().compile()
-    ready()
+    connection.send("ready")
     jax.block_until_ready(drain())
     start = time.perf_counter()
     jax.block_until_ready(drain())
-    return time.perf_counter() - start
+    connection.send(time.perf_counter() - start)
 
 
 def _figures(found: list[tuple[bool, int, float]], messages: int, *, copies: bool) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import resource
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -310,10 +311,10 @@ class Launched:
 
 def ask(raw: Raw, number: int) -> Any:
     """What a worker answers to a request for a session: all that was sent before has come to it then."""
-    request = number.to_bytes(16)
+    request, deadline = number.to_bytes(16), time.monotonic() + 60
     raw.say(request, 0, wire.Open(HERE))
     while True:
-        assert raw.socket.poll(60_000)
+        assert raw.socket.poll(max(int(1000 * (deadline - time.monotonic())), 0)), "no answer within 60 s"
         frames = raw.socket.recv_multipart()
         # Before that may come whatever it says in a session.
         if wire.unpack(frames, msgspec.msgpack.Decoder())[0] == request:
@@ -328,7 +329,7 @@ def open_when_free(raw: Raw, requests: Iterator[int]) -> bytes:
 
 def make_noise(address: str, key: ClusterKey, said: Sequence[Any], *, num_messages: int, num_visits: int) -> None:
     """Of somebody who has the key but no session, and of strangers."""
-    choose = random.Random(address)
+    choose = random.Random(5)
     templates = messages_of(bytes(range(16)), said)
     with Raw(address, key) as raw:
         for _ in range(num_messages):
@@ -351,7 +352,7 @@ def make_senseless_sessions(worker: Launched, key: ClusterKey, taker: str, count
             session = open_when_free(raw, requests)
             # With its first message a session begins.
             raw.say(session, 0, wire.Beat())
-            wait_until(lambda: worker.sessions == before + i + 1, "the session to begin")  # noqa: B023
+            wait_until(lambda begun=before + i + 1: worker.sessions == begun, "the session to begin")
             number = 1
             for _ in range(3):
                 _, body = mutated(choose, [wire.pack(session, number, wire.encode(choose.choice(said)))])[:2]
@@ -370,7 +371,7 @@ def test_workers_generate_through_noise(tmp_path, key, key_file):
     with LLM(directory, num_attention_workers=0, **SETTINGS) as llm:
         expected = tokens(llm)
     model, attention = cluster_file(file, key_file=str(key_file))
-    flags, takers = f"--cluster={file}", ("model worker", "attention worker")
+    flags, names = f"--cluster={file}", ("model worker", "attention worker")
     with contextlib.ExitStack() as stack:
         workers = [
             Launched("launch_model_worker.py", flags, address=model, log=tmp_path / "model.log"),
@@ -384,8 +385,8 @@ def test_workers_generate_through_noise(tmp_path, key, key_file):
                 assert tokens(llm) == expected
             sizes = [worker.rss() for worker in workers]
             noise = [
-                pool.submit(make_noise, worker.address, key, TAKEN[taker][1], num_messages=4800, num_visits=200)
-                for worker, taker in zip(workers, takers, strict=True)
+                pool.submit(make_noise, worker.address, key, TAKEN[name][1], num_messages=4800, num_visits=200)
+                for worker, name in zip(workers, names, strict=True)
             ]
             while not all(each.done() for each in noise):
                 assert tokens(llm) == expected
@@ -394,7 +395,7 @@ def test_workers_generate_through_noise(tmp_path, key, key_file):
             assert tokens(llm) == expected
             assert max(worker.rss() - size for worker, size in zip(workers, sizes, strict=True)) < STRANGERS_ROOM
         asked = [
-            make_senseless_sessions(worker, key, taker, count=15) for worker, taker in zip(workers, takers, strict=True)
+            make_senseless_sessions(worker, key, name, count=15) for worker, name in zip(workers, names, strict=True)
         ]
         with LLM(directory, cluster=load_cluster(file), **SETTINGS) as llm:
             assert tokens(llm) == expected

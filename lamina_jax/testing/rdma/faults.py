@@ -3,7 +3,7 @@
     python -m lamina_jax.testing.rdma.faults FIFO scripts/launch_attention_worker.py ARGUMENT..
 
 Runs a launch script in this process, which is not privileged to lock memory beyond `ulimit -l`, and does what the lines
-name that somebody writes to FIFO, which is made: `FAULTS`, or "sound", which undoes the last two.
+name that somebody writes to FIFO, which is made: those of `FAULTS`, of which "sound" undoes the two before it.
 """
 
 import ctypes
